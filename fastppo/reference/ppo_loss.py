@@ -1,0 +1,104 @@
+"""The clipped PPO loss and its metrics in plain torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kl import _wide, kl_penalty
+
+
+class PPOStats(NamedTuple):
+    """Metrics of one :func:`fastppo.ops.ppo_loss` call: detached, 0-d, float32.
+
+    All but ``ratio_max`` are sums over counted tokens divided by the normalizer, so they add up over micro-batches.
+    """
+
+    policy_loss: Tensor
+    value_loss: Tensor
+    entropy: Tensor
+    kl: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    value_clip_fraction: Tensor
+    ratio: Tensor
+    ratio_max: Tensor
+
+
+def ppo_loss(
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    new_values: Tensor | None = None,
+    values: Tensor | None = None,
+    returns: Tensor | None = None,
+    entropy: Tensor | None = None,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    value_clip_range: float = 0.2,
+    vf_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_estimator: str = "k3",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, PPOStats]:
+    """Twin of :func:`fastppo.ops.ppo_loss`."""
+    mask = response_mask
+    # Masked places are emptied before any arithmetic: a NaN that never enters has no gradient either.
+    new_logprobs, logprobs, advantages = (_select(x, mask) for x in (new_logprobs, logprobs, advantages))
+    if normalizer is None:
+        normalizer = mask.sum().clamp(min=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0.0).sum() / normalizer
+
+    log_ratio = new_logprobs - logprobs
+    ratio = log_ratio.exp()
+    high = clip_range if clip_range_high is None else clip_range_high
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
+    token_loss = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        capped = torch.minimum(token_loss, -dual_clip * advantages)
+        token_loss = torch.where(advantages < 0, capped, token_loss)
+    policy_loss = mean(token_loss)
+    zero = torch.zeros_like(policy_loss)
+
+    value_loss = value_clip_fraction = zero
+    if new_values is not None:
+        assert values is not None and returns is not None
+        new_values, values, returns = (_select(x, mask) for x in (new_values, values, returns))
+        clipped_values = torch.clamp(new_values, values - value_clip_range, values + value_clip_range)
+        error, clipped_error = (new_values - returns) ** 2, (clipped_values - returns) ** 2
+        value_loss = 0.5 * mean(torch.maximum(error, clipped_error))
+        value_clip_fraction = mean((clipped_error > error).to(error.dtype))
+
+    entropy_mean = zero if entropy is None else mean(_select(entropy, mask))
+    kl = zero
+    if ref_logprobs is not None:
+        kl = mean(kl_penalty(new_logprobs, _select(ref_logprobs, mask), estimator=kl_estimator))
+
+    loss = policy_loss + vf_coef * value_loss - entropy_coef * entropy_mean + kl_coef * kl
+    counted_ratio = torch.where(mask, ratio, 0.0)
+    stats = PPOStats(
+        policy_loss=policy_loss,
+        value_loss=value_loss,
+        entropy=entropy_mean,
+        kl=kl,
+        approx_kl=mean(0.5 * log_ratio**2),
+        clip_fraction=mean((clipped > unclipped).to(ratio.dtype)),
+        value_clip_fraction=value_clip_fraction,
+        ratio=mean(ratio),
+        ratio_max=counted_ratio.max() if counted_ratio.numel() else zero,
+    )
+    return loss, PPOStats(*(s.detach() for s in stats))
+
+
+def _select(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, _wide(x), 0.0)
