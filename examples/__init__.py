@@ -1,0 +1,1 @@
+"""Programs that use fastppo; run them from the project's folder."""

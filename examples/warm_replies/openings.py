@@ -1,0 +1,42 @@
+"""Opening messages of the Chit Chat Challenge (7,168 human-human chats, MIT licence), split once and for all.
+
+An opening is everything the first speaker wrote before the other answered. The split hashes the message's
+bare words: "Hi there!" and "hi there" fall on the same side, and the held-out side is the same on every
+machine and with every seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from examples.warm_replies import need
+
+MIN_WORDS, MAX_WORDS = 4, 15
+
+
+def read_openings() -> list[str]:
+    """Distinct openings of 4 to 15 words, in the order of the data set: 2,397 of them."""
+    chats = need("chitchat_dataset", "chitchat-dataset").Dataset().values()
+    openings = (" ".join(message["text"] for message in chat["messages"][0]) for chat in chats)
+    tidy = (" ".join(opening.split()) for opening in openings)
+    return list(dict.fromkeys(text for text in tidy if MIN_WORDS <= len(text.split()) <= MAX_WORDS))
+
+
+def bare_words(text: str) -> str:
+    """The message without case and punctuation: what makes two openings the same for the split."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def split(openings: list[str], held_out: int) -> tuple[list[str], list[str]]:
+    """(train, held_out): no two of the `held_out` openings are alike, and none is like a training opening."""
+    groups: dict[str, list[str]] = {}
+    for opening in openings:
+        groups.setdefault(bare_words(opening), []).append(opening)
+    if not 0 < held_out < len(groups):
+        raise ValueError(f"held_out must lie in 1..{len(groups) - 1} (distinct openings), got {held_out}")
+    shuffled = sorted(groups, key=lambda words: hashlib.sha256(words.encode()).digest())
+    return (
+        [opening for words in shuffled[held_out:] for opening in groups[words]],
+        [groups[words][0] for words in shuffled[:held_out]],
+    )
