@@ -13,7 +13,8 @@ def join_master(param: Tensor, residual: Tensor) -> Tensor:
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (param bfloat16, residual int16) with ``join_master(param, residual)`` equal to ``master`` bit for bit.
+    """Return (param bfloat16, residual int16) with ``join_master(param, residual)`` equal to ``master`` bit
+    for bit.
 
     ``param`` is ``master`` rounded to the nearest bfloat16, half up in the bits (away from zero).
     """

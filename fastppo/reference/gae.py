@@ -38,7 +38,8 @@ def gae(
     for t in reversed(range(rewards.size(1))):
         counts = response_mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # A token that does not count neither decays nor feeds the sum: both carries pass through it unchanged.
+        # A token that does not count neither decays nor feeds the sum: both carries pass through it
+        # unchanged.
         advantage = torch.where(counts, delta + gamma * lam * advantage, advantage)
         next_value = torch.where(counts, values[:, t], next_value)
         columns.append(advantage)

@@ -13,7 +13,8 @@ from .kl import _wide, kl_penalty
 class PPOStats(NamedTuple):
     """Metrics of one :func:`fastppo.ops.ppo_loss` call: detached, 0-d, float32.
 
-    All but ``ratio_max`` are sums over counted tokens divided by the normalizer, so they add up over micro-batches.
+    All but ``ratio_max`` are sums over counted tokens divided by the normalizer, so they add up over
+    micro-batches.
     """
 
     policy_loss: Tensor

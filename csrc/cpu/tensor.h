@@ -1,0 +1,93 @@
+/*
+From torch::stable::Tensor to the plain views of cpu/rows.h, for the registration units.
+*/
+#pragma once
+
+#include "check.h"
+#include "cpu/capability.h"
+#include "cpu/rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <vector>
+
+namespace fastppo {
+
+// A tensor of any shape seen as rows x columns: the last dimension is the columns; one dimension is one row.
+struct Shape2d {
+  int64_t rows;
+  int64_t columns;
+};
+
+inline Shape2d shape_2d(const Tensor& x) {
+  const auto sizes = x.sizes();
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) {
+    rows *= sizes[i];
+  }
+  return {rows, sizes.size() == 0 ? 1 : sizes[sizes.size() - 1]};
+}
+
+// x itself where its rows can be walked as they lie (any row stride), else a contiguous copy.
+inline Tensor with_unit_inner_stride(const Tensor& x) {
+  const int64_t dim = x.dim();
+  if (x.is_contiguous() || (dim <= 2 && dim > 0 && x.stride(dim - 1) == 1)) {
+    return x;
+  }
+  return torch::stable::contiguous(x);
+}
+
+inline int64_t row_stride(const Tensor& x) { return x.dim() == 2 ? x.stride(0) : shape_2d(x).columns; }
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+// A tensor held for the length of a call (it may be a copy) and its rows.
+struct HeldRows : Rows {
+  Tensor held;
+
+  explicit HeldRows(const Tensor& x) : held(with_unit_inner_stride(x)) {
+    data = held.const_data_ptr();
+    stride = row_stride(held);
+    dtype = dtype_of(held);
+  }
+};
+
+struct HeldMask : MaskRows {
+  Tensor held;
+
+  explicit HeldMask(const Tensor& x) : held(with_unit_inner_stride(x)) {
+    data = static_cast<const bool*>(held.const_data_ptr());
+    stride = row_stride(held);
+  }
+};
+
+// Optional inputs: a view only where the tensor was given.
+using OptionalRows = std::optional<HeldRows>;
+
+inline OptionalRows optional_rows(const OptionalTensor& x) {
+  return x ? OptionalRows(std::in_place, *x) : std::nullopt;
+}
+
+inline Rows rows_or_none(const OptionalRows& x) { return x ? static_cast<Rows>(*x) : Rows{}; }
+
+inline Tensor empty_float(const Tensor& like, Sizes sizes) {
+  return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
+}
+
+inline Tensor empty_float(const Tensor& like) { return empty_float(like, like.sizes()); }
+
+inline float* float_data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+
+} // namespace fastppo

@@ -1,0 +1,132 @@
+/*
+ATen's vector classes, the functions of numeric.h on them, and the way a block of a row gets in and out of float32.
+Only for units in this folder, which are compiled once per instruction set.
+*/
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstring>
+
+#include "cpu/rows.h"
+#include "numeric.h"
+
+// In ATen's namespace so that they are found by argument: formulas are templates in headers that know only numeric.h.
+namespace at::vec {
+inline namespace CPU_CAPABILITY {
+
+// A comparison of two vectors is a vector whose lanes are all ones or all zeros.
+inline Vectorized<float> select(
+    const Vectorized<float>& condition, const Vectorized<float>& a, const Vectorized<float>& b) {
+  return Vectorized<float>::blendv(b, a, condition);
+}
+inline Vectorized<float> vexp(const Vectorized<float>& x) { return x.exp(); }
+inline Vectorized<float> vexpm1(const Vectorized<float>& x) { return x.expm1(); }
+inline Vectorized<float> vsqrt(const Vectorized<float>& x) { return x.sqrt(); }
+inline Vectorized<float> vabs(const Vectorized<float>& x) { return x.abs(); }
+inline Vectorized<float> vmin(const Vectorized<float>& a, const Vectorized<float>& b) { return minimum(a, b); }
+inline Vectorized<float> vmax(const Vectorized<float>& a, const Vectorized<float>& b) { return maximum(a, b); }
+
+} // namespace CPU_CAPABILITY
+} // namespace at::vec
+
+namespace fastppo {
+namespace CPU_CAPABILITY {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+static_assert(kBlock % kLanes == 0);
+
+// One block of a row in float32, zero past its end, so that loops run over whole registers.
+struct alignas(64) Block {
+  float data[kBlock];
+
+  Vec get(int64_t i) const { return Vec::loadu(data + i); }
+  void set(int64_t i, const Vec& x) { x.store(data + i); }
+};
+
+inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+template <class T>
+void widen(const T* source, int64_t n, float* out) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(out, source, n * sizeof(float));
+    i = n;
+  } else {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(source + i));
+      low.store(out + i);
+      high.store(out + i + kLanes);
+    }
+    for (; i < n; ++i) {
+      out[i] = static_cast<float>(source[i]);
+    }
+  }
+}
+
+template <class T>
+void narrow(const float* source, int64_t n, T* out) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(out, source, n * sizeof(float));
+    i = n;
+  } else {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      at::vec::convert_from_float<T>(Vec::loadu(source + i), Vec::loadu(source + i + kLanes)).store(out + i);
+    }
+    for (; i < n; ++i) {
+      out[i] = static_cast<T>(source[i]);
+    }
+  }
+}
+
+// Columns [begin, begin + n) of a row, n <= kBlock.
+inline void load(const Rows& rows, int64_t row, int64_t begin, int64_t n, Block& out) {
+  const int64_t offset = row * rows.stride + begin;
+  switch (rows.dtype) {
+    case DType::kFloat32:
+      widen(static_cast<const float*>(rows.data) + offset, n, out.data);
+      break;
+    case DType::kBFloat16:
+      widen(static_cast<const c10::BFloat16*>(rows.data) + offset, n, out.data);
+      break;
+    case DType::kFloat16:
+      widen(static_cast<const c10::Half*>(rows.data) + offset, n, out.data);
+      break;
+  }
+  std::fill(out.data + n, out.data + round_up(n), 0.0f);
+}
+
+// 1 where the token counts, 0 elsewhere and past the end.
+inline void load_mask(const MaskRows& mask, int64_t row, int64_t begin, int64_t n, Block& out) {
+  const bool* source = mask.row(row) + begin;
+  for (int64_t i = 0; i < n; ++i) {
+    out.data[i] = source[i] ? 1.0f : 0.0f;
+  }
+  std::fill(out.data + n, out.data + round_up(n), 0.0f);
+}
+
+// As load, with masked places emptied before any arithmetic sees them.
+inline void load_selected(const Rows& rows, int64_t row, int64_t begin, int64_t n, const Block& mask, Block& out) {
+  load(rows, row, begin, n, out);
+  const Vec zero(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    out.set(i, select(mask.get(i) > zero, out.get(i), zero));
+  }
+}
+
+// The lanes of x added up in a fixed order, in float64.
+inline double sum_lanes(const Vec& x) {
+  float lanes[kLanes];
+  x.store(lanes);
+  double sum = 0.0;
+  for (const float lane : lanes) {
+    sum += lane;
+  }
+  return sum;
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace fastppo
