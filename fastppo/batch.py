@@ -1,0 +1,115 @@
+"""What one rollout hands to the next rooms, and how it is cut into micro-batches.
+
+Sizes: B episodes, T response tokens (longest), N counted tokens of a micro-batch, L sequence length.
+Lengths are explicit: nothing is ever inferred from padding ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rollout:
+    """B responses to B prompts, as the policy sampled them.
+
+    Attributes:
+        prompt_ids: B lists of token ids, each at least one long, without padding.
+        response_ids: (B, T) int64, right-padded.
+        response_mask: (B, T) bool, True = sampled by the policy and counts (the EOS counts).
+        response_lengths: (B,) int64, tokens in each response, observation tokens of an environment included.
+        truncated: (B,) bool, True = ended by the length limit, not by a stop token or string.
+        logprobs: (B, T) float32, of the sampled tokens under the temperature-scaled policy, in nats.
+        sampling_logprobs: (B, T) float32, under the truncated distribution they were drawn from.
+        entropy: (B, T) float32, of the temperature-scaled policy, in nats.
+    """
+
+    prompt_ids: list[list[int]]
+    response_ids: Tensor
+    response_mask: Tensor
+    response_lengths: Tensor
+    truncated: Tensor
+    logprobs: Tensor
+    sampling_logprobs: Tensor
+    entropy: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def completions(self) -> list[list[int]]:
+        """B lists of response ids without padding."""
+        lengths = self.response_lengths.tolist()
+        return [row[:length] for row, length in zip(self.response_ids.tolist(), lengths, strict=True)]
+
+
+@dataclass
+class MicroBatch:
+    """Some episodes, right-padded for one forward pass; only their N counted tokens reach the heads.
+
+    Attributes:
+        input_ids: (b, L) int64, prompt then response then padding. Padding comes last, so that causal attention
+            needs no mask and positions need no shift.
+        predictors: (N,) int64 into b*L: the place whose hidden state predicts each counted token.
+        target_ids: (N,) int64, the counted tokens.
+        tokens: (N,) int64 into B*T: where the counted tokens stand in the rollout.
+    """
+
+    input_ids: Tensor
+    predictors: Tensor
+    target_ids: Tensor
+    tokens: Tensor
+
+
+def groups_by_length(
+    lengths: Sequence[int], *, max_rows: int | None = None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Row numbers in groups of similar length, longest first, so that little of a group is padding.
+
+    A group has at most `max_rows` rows and at most `max_tokens` tokens with padding (but at least one row).
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups:
+            rows, longest = len(groups[-1]) + 1, lengths[groups[-1][0]]
+            if (max_rows is None or rows <= max_rows) and (max_tokens is None or rows * longest <= max_tokens):
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return groups
+
+
+def micro_batches(
+    rollout: Rollout,
+    rows: Sequence[int],
+    *,
+    pad_token_id: int,
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[MicroBatch]:
+    """The episodes `rows` of a rollout, cut into micro-batches of similar length."""
+    device = rollout.response_ids.device
+    width = rollout.response_ids.shape[1]
+    completions = rollout.completions()
+    masks = rollout.response_mask.cpu()
+    sequences = {row: rollout.prompt_ids[row] + completions[row] for row in rows}
+    lengths = [len(sequences[row]) for row in rows]
+    for group in groups_by_length(lengths, max_rows=max_rows, max_tokens=max_tokens):
+        members = [rows[i] for i in group]
+        longest = lengths[group[0]]
+        input_ids = torch.tensor(
+            [sequences[row] + [pad_token_id] * (longest - len(sequences[row])) for row in members], dtype=torch.int64
+        )
+        counted = [masks[row].nonzero().squeeze(1) for row in members]
+        starts = [len(rollout.prompt_ids[row]) for row in members]
+        predictors = torch.cat([i * longest + start - 1 + t for i, (start, t) in enumerate(zip(starts, counted, strict=True))])
+        tokens = torch.cat([row * width + t for row, t in zip(members, counted, strict=True)])
+        yield MicroBatch(
+            input_ids=input_ids.to(device),
+            predictors=predictors.to(device),
+            target_ids=input_ids.flatten()[predictors + 1].to(device),
+            tokens=tokens.to(device),
+        )

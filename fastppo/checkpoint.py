@@ -1,0 +1,141 @@
+"""Policy and critic to disk and back; every folder is written under a temporary name and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .models import ActorCritic, is_peft
+
+CRITIC = "critic"
+VALUE_HEAD = "value_head.safetensors"
+
+
+@contextmanager
+def written_then_renamed(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well and vanishes when it does not.
+
+    Where `path` exists already, its other files stay, and each new one replaces its old version by one rename.
+    """
+    final = Path(path).absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    os.chmod(temporary, 0o755)
+    try:
+        yield temporary
+        if not final.exists():
+            os.replace(temporary, final)
+            return
+        for entry in sorted(temporary.iterdir()):
+            target = final / entry.name
+            if target.is_dir():
+                old = final / f".{entry.name}.old"
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
+                os.replace(entry, target)
+                shutil.rmtree(old)
+            else:
+                os.replace(entry, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_actor_critic(model: ActorCritic, folder: Path) -> None:
+    """Policy as `from_pretrained` reads it, and the critic in `critic/`: a sequence classifier, or the value head."""
+    model.policy.save_pretrained(folder)  # type: ignore[operator]
+    if model.value_model is not None:
+        model.value_model.save_pretrained(folder / CRITIC)  # type: ignore[operator]
+    else:
+        assert model.value_head is not None
+        (folder / CRITIC).mkdir(exist_ok=True)
+        save_file({k: v.contiguous() for k, v in model.value_head.state_dict().items()}, folder / CRITIC / VALUE_HEAD)
+
+
+def load_actor_critic(path: str | os.PathLike[str], **kwargs: Any) -> ActorCritic:
+    """Policy and critic from a folder that `PPOTrainer.save_model` (or a checkpoint of it) wrote.
+
+    Args:
+        path: the folder.
+        kwargs: handed to `from_pretrained` (dtype, attn_implementation, ...).
+
+    Raises:
+        FileNotFoundError: the folder holds no critic.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = Path(path)
+    if not (folder / CRITIC).is_dir():
+        raise FileNotFoundError(f"{folder} holds no critic: expected a folder `{CRITIC}` in it")
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        policy: Any = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **kwargs)
+    else:
+        policy = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    if (folder / CRITIC / VALUE_HEAD).exists():
+        model = ActorCritic(policy)
+        assert model.value_head is not None
+        model.value_head.load_state_dict(load_file(folder / CRITIC / VALUE_HEAD))
+        return model
+    return ActorCritic(
+        policy, AutoModelForSequenceClassification.from_pretrained(folder / CRITIC, num_labels=1, **kwargs)
+    )
+
+
+def restore_actor_critic(model: ActorCritic, folder: Path) -> None:
+    """Load a checkpoint's weights into a model of the same shape.
+
+    Raises:
+        ValueError: the checkpoint lacks weights that the model has, or has others.
+    """
+    _restore(model.policy, folder)
+    if model.value_model is not None:
+        _restore(model.value_model, folder / CRITIC)
+    else:
+        assert model.value_head is not None
+        model.value_head.load_state_dict(load_file(folder / CRITIC / VALUE_HEAD))
+
+
+def _restore(model: nn.Module, folder: Path) -> None:
+    if is_peft(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    missing, unexpected = model.load_state_dict(_weights(folder), strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise ValueError(f"checkpoint {folder} does not fit the model: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()  # type: ignore[operator]
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"checkpoint {folder} holds no {name}")
+        weights.update(load_file(folder / name))
+    return weights
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete `checkpoint-N` of a run."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    return Path(found) if found else None

@@ -1,0 +1,201 @@
+"""Settings of a PPO run.
+
+`PPOConfig` has the fields and defaults of TRL's `PPOConfig` (0.13 to 1.12, `trl.experimental.ppo`), so that a script
+written for it runs unchanged. Settings that TRL's PPO never had use the name that TRL's GRPO gives them. Every field
+is checked once, here; the rooms unpack the settings and hand plain numbers to the ops.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Settings of `fastppo.PPOTrainer`: `transformers.TrainingArguments` plus the fields below.
+
+    An *episode* is one response to one prompt. An *update* is one pass of rollout, score, advantages and
+    `num_ppo_epochs` epochs over `batch_size` episodes, where
+    `batch_size = per_device_train_batch_size * gradient_accumulation_steps * world_size`.
+
+    Fields that differ from `TrainingArguments`: `learning_rate=3e-6`, `logging_steps=10`,
+    `gradient_checkpointing=True`, `bf16=True` unless `fp16` is set. With `bf16` the weights are bfloat16 and the
+    optimizer keeps their float32 master (see `fastppo.optimizer.AdamW`), so no update is lost to rounding.
+    Metrics are logged after every update.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it, what is allowed and what came.
+    """
+
+    # --- TrainingArguments with the defaults of TRL's trainers
+    learning_rate: float = _setting(3e-6, "Initial learning rate of AdamW.")
+    logging_steps: float = _setting(10, "Kept for compatibility: metrics are logged after every update.")
+    gradient_checkpointing: bool = _setting(
+        True, "Recompute activations in the backward pass: less memory for about a third more time."
+    )
+    bf16: bool | None = _setting(None, "bfloat16 weights with a float32 master. Default: True unless fp16.")  # type: ignore[assignment]
+
+    # --- TRL's PPOConfig
+    dataset_num_proc: int | None = _setting(None, "Kept for compatibility: prompts are tokenised as they are read.")
+    num_mini_batches: int = _setting(1, "Optimizer steps per epoch over a batch.")
+    total_episodes: int | None = _setting(None, "Episodes to train for. Default: num_train_epochs * len(dataset).")
+    local_rollout_forward_batch_size: int = _setting(64, "Episodes generated or scored in one forward pass, per rank.")
+    num_sample_generations: int = _setting(10, "How often in a run a table of sample completions is made; 0: never.")
+    response_length: int = _setting(53, "Most tokens in a response, the stop token included.")
+    stop_token: str | None = _setting(None, "'eos' or None; both stop at the tokenizer's and model's EOS.")
+    stop_token_id: int | None = _setting(None, "Stop at this token instead of EOS.")
+    temperature: float = _setting(0.7, "Divides the logits, in sampling and in every log-prob.")
+    missing_eos_penalty: float | None = _setting(None, "Taken off the score of a response that did not stop by itself.")
+    sft_model_path: str = _setting("EleutherAI/pythia-160m", "Path of the SFT model, for scripts.")
+    num_total_batches: int | None = _setting(None, "Computed: updates in the run.")
+    micro_batch_size: int | None = _setting(None, "Computed: per_device_train_batch_size * world_size.")
+    local_batch_size: int | None = _setting(None, "Computed: episodes per update and rank.")
+    batch_size: int | None = _setting(None, "Computed: episodes per update.")
+    local_mini_batch_size: int | None = _setting(None, "Computed: episodes per optimizer step and rank.")
+    mini_batch_size: int | None = _setting(None, "Computed: episodes per optimizer step.")
+    push_to_hub: bool = _setting(False, "Push the model to the Hub after training.")
+    reward_model_path: str = _setting("EleutherAI/pythia-160m", "Path of the reward model, for scripts.")
+    model_adapter_name: str | None = _setting(None, "PEFT adapter that is trained, where a model has several.")
+    ref_adapter_name: str | None = _setting(None, "PEFT adapter that is the reference, where a model has several.")
+    num_ppo_epochs: int = _setting(4, "Epochs over each batch of episodes.")
+    whiten_rewards: bool = _setting(False, "Scale per-token rewards to unit standard deviation, keeping their mean.")
+    kl_coef: float = _setting(0.05, "Weight of the per-token KL penalty in the reward, per nat.")
+    kl_estimator: str = _setting("k1", "KL estimator in the reward: k1, abs, k2 or k3.")
+    cliprange: float = _setting(0.2, "Clip range of the probability ratio.")
+    vf_coef: float = _setting(0.1, "Weight of the value loss.")
+    cliprange_value: float = _setting(0.2, "Clip range of the value around its old estimate.")
+    gamma: float = _setting(1.0, "Discount factor per token.")
+    lam: float = _setting(0.95, "Lambda of generalized advantage estimation.")
+    ds3_gather_for_generation: bool = _setting(True, "Gather ZeRO-3 weights once for generation.")
+
+    # --- fastppo (names as in TRL's GRPO where it has them)
+    top_k: int = _setting(0, "Sample among the k likeliest tokens; 0: all.")
+    top_p: float = _setting(1.0, "Sample among the likeliest tokens that hold this probability; 1: all.")
+    min_p: float | None = _setting(None, "Sample among tokens at least this likely relative to the likeliest.")
+    repetition_penalty: float = _setting(1.0, "Above 1 discourages tokens already in the prompt or response.")
+    min_new_tokens: int = _setting(0, "No stop token before this many response tokens.")
+    stop_strings: list[str] | None = _setting(None, "Strings that end a response, besides the stop tokens.")
+    num_generations: int = _setting(1, "Responses per prompt; must divide the local batch size.")
+    max_prompt_length: int | None = _setting(None, "Keep the last tokens of a longer prompt. Default: raise an error.")
+    reward_weights: list[float] | None = _setting(None, "Weights of several rewards. Default: 1 each.")
+    reward_clip: float | None = _setting(None, "Clip scores to plus or minus this.")
+    reward_timeout: float | None = _setting(None, "Seconds a reward function may take for a batch. Default: no limit.")
+    whiten_advantages: bool = _setting(True, "Advantages to zero mean and unit variance over the batch of all ranks.")
+    target_kl: float | None = _setting(None, "Stop the epochs of an update once approx_kl of a step exceeds this.")
+    micro_batch_tokens: int | None = _setting(
+        None, "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes."
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        # transformers 5.2x renamed the setting and warns about the name that scripts use.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        # transformers refuses bf16 without a GPU unless the CPU is asked for by name.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        # bfloat16 is reached by casting the weights, not by autocast, which would cast them in every forward.
+        self.mixed_precision = "no"
+        self._check()
+
+    def _check(self) -> None:
+        def require(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"PPOConfig: {name} must be {expected}, got {getattr(self, name)!r}")
+
+        def is_number(x: Any) -> bool:
+            return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+        def is_count(x: Any) -> bool:
+            return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+        for name in (
+            "num_mini_batches",
+            "local_rollout_forward_batch_size",
+            "response_length",
+            "num_ppo_epochs",
+            "num_generations",
+        ):
+            require(is_count(getattr(self, name)), name, "an integer of at least 1")
+        for name in ("total_episodes", "max_prompt_length", "micro_batch_tokens"):
+            require(getattr(self, name) is None or is_count(getattr(self, name)), name, "None or an integer >= 1")
+        for name in ("top_k", "min_new_tokens", "num_sample_generations"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, name, "an integer of at least 0")
+        for name in ("temperature", "repetition_penalty"):
+            require(is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
+        for name in ("cliprange", "cliprange_value"):
+            require(is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
+        for name in ("vf_coef", "kl_coef"):
+            require(is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number of at least 0")
+        for name in ("gamma", "lam"):
+            require(is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, name, "in [0, 1]")
+        require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        require(self.min_p is None or (is_number(self.min_p) and 0 <= self.min_p <= 1), "min_p", "None or in [0, 1]")
+        for name in ("missing_eos_penalty", "reward_clip", "reward_timeout", "target_kl"):
+            value = getattr(self, name)
+            require(value is None or (is_number(value) and value > 0), name, "None or a number above 0")
+        require(self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"one of {', '.join(KL_ESTIMATORS)}")
+        require(self.stop_token in (None, "eos"), "stop_token", "None or 'eos'")
+        require(
+            self.stop_token_id is None or (isinstance(self.stop_token_id, int) and self.stop_token_id >= 0),
+            "stop_token_id",
+            "None or a token id",
+        )
+        require(
+            self.stop_strings is None
+            or (isinstance(self.stop_strings, list) and all(isinstance(s, str) and s for s in self.stop_strings)),
+            "stop_strings",
+            "None or a list of non-empty strings",
+        )
+        require(
+            self.reward_weights is None or all(is_number(w) for w in self.reward_weights),
+            "reward_weights",
+            "None or a list of finite numbers",
+        )
+        require(self.min_new_tokens <= self.response_length, "min_new_tokens", f"<= response_length ({self.response_length})")
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ValueError("PPOConfig: set stop_token or stop_token_id, not both")
+        if self.fp16:
+            raise ValueError(
+                "PPOConfig: fp16 is not supported (float16 gradients overflow without loss scaling); "
+                "use bf16=True, or bf16=False for float32"
+            )
+
+    def set_batch_sizes(self, dataset_size: int) -> None:
+        """Fill in the computed fields (batch sizes and number of updates).
+
+        Raises:
+            ValueError: the batch does not divide into mini-batches or groups of `num_generations`.
+        """
+
+        def divide(name: str, total: int, by_name: str, by: int) -> int:
+            if total % by:
+                raise ValueError(f"PPOConfig: {name} ({total}) must be a multiple of {by_name} ({by})")
+            return total // by
+
+        self.local_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        self.micro_batch_size = self.per_device_train_batch_size * self.world_size
+        self.batch_size = self.local_batch_size * self.world_size
+        sizes = "per_device_train_batch_size * gradient_accumulation_steps"
+        self.local_mini_batch_size = divide(sizes, self.local_batch_size, "num_mini_batches", self.num_mini_batches)
+        divide(sizes, self.local_batch_size, "num_generations", self.num_generations)
+        self.mini_batch_size = self.local_mini_batch_size * self.world_size
+        if self.total_episodes is None:
+            self.total_episodes = max(1, int(self.num_train_epochs * dataset_size * self.num_generations))
+        self.num_total_batches = math.ceil(self.total_episodes / self.batch_size)
+        if self.max_steps > 0:
+            self.num_total_batches = self.max_steps

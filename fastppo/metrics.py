@@ -1,0 +1,145 @@
+"""What a run reports: numbers under TRL's metric names, a progress bar, a table of completions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from .batch import Rollout
+from .ops import RewardsAndAdvantages
+
+
+def episode_metrics(
+    rollout: Rollout,
+    scores: Tensor,
+    each: Mapping[str, Tensor],
+    logprobs: Tensor,
+    result: RewardsAndAdvantages,
+    values: Tensor,
+    kl_coef: float,
+) -> dict[str, float]:
+    """Metrics of the episodes of one batch, before the update; sums run over the counted tokens of an episode."""
+    mask = rollout.response_mask
+
+    def per_episode(x: Tensor) -> float:
+        return x.masked_fill(~mask, 0.0).sum(1).mean().item()
+
+    kl = per_episode(result.kl)
+    counted = mask.sum().clamp_min(1)
+    gap = (rollout.logprobs - logprobs).abs().masked_fill(~mask, 0.0)
+    residual = (result.returns - values).masked_fill(~mask, 0.0)
+    mean_return = result.returns.masked_fill(~mask, 0.0).sum() / counted
+    spread = (result.returns - mean_return).masked_fill(~mask, 0.0).square().sum()
+    metrics = {
+        "objective/kl": kl,
+        "objective/entropy": per_episode(-logprobs),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": -kl_coef * kl + scores.mean().item(),
+        "objective/scores": scores.mean().item(),
+        "objective/scores_std": scores.std(correction=0).item(),
+        "val/num_eos_tokens": float((~rollout.truncated).sum()),
+        "val/explained_variance": (1 - residual.square().sum() / spread.clamp_min(1e-8)).item(),
+        "completions/mean_length": rollout.response_lengths.float().mean().item(),
+        "completions/clipped_ratio": rollout.truncated.float().mean().item(),
+        # The engine that samples against the one that trains: large gaps make the data off-policy.
+        "sampling/sampling_logp_difference/mean": (gap.sum() / counted).item(),
+        "sampling/sampling_logp_difference/max": gap.max().item() if gap.numel() else 0.0,
+    }
+    if len(each) > 1:
+        metrics |= {f"rewards/{name}/mean": x.mean().item() for name, x in each.items()}
+    return metrics
+
+
+def update_metrics(means: Mapping[str, float]) -> dict[str, float]:
+    """`update`'s means under TRL's names."""
+    return {
+        "policy/approxkl_avg": means["approx_kl"],
+        "policy/clipfrac_avg": means["clip_fraction"],
+        "policy/entropy_avg": means["entropy"],
+        "loss/policy_avg": means["policy_loss"],
+        "loss/value_avg": means["value_loss"],
+        "val/clipfrac_avg": means["value_clip_fraction"],
+        "val/ratio": means["ratio"],
+        "val/ratio_var": means["ratio_var"],
+        "val/ratio_max": means["ratio_max"],
+        "grad_norm": means["grad_norm"],
+        "policy/optimizer_steps": means["steps"],
+    }
+
+
+def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Each metric's mean over all ranks (every rank holds as many episodes)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return metrics
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64)
+    if torch.distributed.get_backend() == "nccl":
+        values = values.cuda()
+    torch.distributed.all_reduce(values)
+    values /= torch.distributed.get_world_size()
+    return dict(zip(metrics, values.tolist(), strict=True))
+
+
+class ProgressCallback(TrainerCallback):
+    """One live line: updates, reward, KL, tokens per second, time left."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", dynamic_ncols=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs and "objective/scores" in logs:
+            self.bar.set_postfix(
+                reward=f"{logs['objective/scores']:.3f}",
+                kl=f"{logs['objective/kl']:.2f}",
+                tokens_per_s=f"{logs['tokens_per_second']:.0f}",
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def print_completions(rows: Sequence[Mapping[str, Any]], title: str, most: int = 5) -> None:
+    """The first rows of a completions table on the terminal, with rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(title)
+        for row in rows[:most]:
+            print("  " + " | ".join(f"{k}: {v}" for k, v in row.items()))
+        return
+    table = Table(title=title, show_lines=True)
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows[:most]:
+        # Text, not markup: a completion may hold square brackets.
+        table.add_row(*(Text(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row.values()))
+    Console().print(table)
+
+
+def save_completions(rows: Sequence[Mapping[str, Any]], output_dir: str, step: int) -> Path:
+    """The table as JSON lines in `completions/completions_<step>.jsonl`."""
+    path = Path(output_dir) / "completions" / f"completions_{step:05d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+    return path

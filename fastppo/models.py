@@ -1,0 +1,256 @@
+"""Policy, critic and reference, from any `AutoModelForCausalLM`.
+
+A forward pass runs the trunk over whole sequences and the LM head on response tokens alone, through
+`ops.linear_logprobs`, so that no `[B, T, V]` or `[N, V]` tensor exists.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .batch import MicroBatch
+
+
+class Evaluation(NamedTuple):
+    """What policy and critic say of the N counted tokens of a micro-batch; each (N,) float32, in nats."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last layer of a language model: logits = softcap * tanh(logit_scale * (h Wᵀ + b) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT wrapper, adapters included; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,no-any-return]
+
+
+def is_peft(model: nn.Module | None) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model (of a multi-modal model: of its text part)."""
+    config = unwrap_peft(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The LM head of a causal language model.
+
+    Raises:
+        TypeError: the output layer is not one matrix (a LoRA adapter on `lm_head`, say).
+    """
+    causal_lm = unwrap_peft(model)
+    layer = causal_lm.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(
+            f"{type(causal_lm).__name__}: the output embedding must be a torch.nn.Linear, got {type(layer).__name__}; "
+            "leave lm_head out of an adapter's target_modules"
+        )
+    config = text_config(model)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies the logits
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides them
+    return LMHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Last hidden states, after the final norm: (b, L, H). Sequences are right-padded, so causal attention needs
+    neither a mask nor shifted positions."""
+    trunk = unwrap_peft(model).get_decoder()  # type: ignore[operator]
+    return trunk(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def token_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the counted tokens: two (N,) float32 tensors, in nats."""
+    hidden = hidden_states(model, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+    return head_logprobs(model, hidden, batch.target_ids, temperature)
+
+
+def head_logprobs(model: nn.Module, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    head = lm_head(model)
+    return ops.linear_logprobs(
+        hidden,
+        head.weight,
+        ids,
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic as one module, so that one wrapper (DDP, FSDP) and one optimizer serve both.
+
+    Args:
+        policy: causal language model, or a PEFT model around one.
+        value_model: a sequence classifier with a one-number `score` layer (its trunk may differ from the policy's but
+            must share the tokenizer). None puts a value head, a zero-initialised float32 linear layer, on the
+            policy's own trunk: half the memory and nearly half the time.
+
+    Raises:
+        TypeError, ValueError: the models cannot be used so; the message says why.
+    """
+
+    value_head: nn.Linear | None
+
+    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        self.config = unwrap_peft(policy).config
+        if value_model is None:
+            size = getattr(text_config(policy), "hidden_size", None)
+            if not isinstance(size, int):
+                raise ValueError(
+                    f"{type(unwrap_peft(policy)).__name__} has no room for a value head: its config must have an "
+                    f"integer hidden_size, got {size!r}; pass a value_model"
+                )
+            head = nn.Linear(size, 1, device=lm_head(policy).weight.device, dtype=torch.float32)
+            # A critic that starts at 0 makes the first advantages the returns themselves: no noise of its own.
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            self.value_head = head
+        else:
+            self.value_head = None
+            score_layer(value_model)
+
+    def forward(self, batch: MicroBatch, temperature: float) -> Evaluation:
+        hidden = hidden_states(self.policy, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+        logprobs, entropy = head_logprobs(self.policy, hidden, batch.target_ids, temperature)
+        if self.value_head is not None:
+            values = self.value_head(hidden.float()).squeeze(-1)
+        else:
+            assert self.value_model is not None
+            states = classifier_trunk(self.value_model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            states = states.flatten(0, 1).index_select(0, batch.predictors)
+            score = score_layer(self.value_model)
+            values = score(states.to(score.weight.dtype)).squeeze(-1).float()
+        return Evaluation(logprobs, entropy, values)
+
+
+def classifier_trunk(model: nn.Module) -> nn.Module:
+    """The trunk of a Hugging Face sequence classifier."""
+    classifier = unwrap_peft(model)
+    return getattr(classifier, classifier.base_model_prefix)  # type: ignore[no-any-return,arg-type]
+
+
+def score_layer(model: nn.Module) -> nn.Linear:
+    """The layer of a decoder-type sequence classifier that turns a hidden state into one number.
+
+    Raises:
+        TypeError: the model has no such layer.
+        ValueError: the layer gives several numbers.
+    """
+    classifier = unwrap_peft(model)
+    layer = getattr(classifier, "score", None)
+    if hasattr(layer, "modules_to_save"):  # PEFT trains a copy of the layer
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if layer is None or not hasattr(layer, "weight"):
+        raise TypeError(
+            f"value_model: expected a model with a `score` layer (AutoModelForSequenceClassification with "
+            f"num_labels=1 on a decoder), got {type(classifier).__name__}; or pass value_model=None for a value head "
+            f"on the policy's trunk"
+        )
+    if layer.weight.shape[0] != 1:
+        raise ValueError(f"value_model: `score` must give 1 number per token (num_labels=1), got {layer.weight.shape[0]}")
+    return layer  # type: ignore[no-any-return]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: PPO's ratio must be 1 before the first step."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def to_bfloat16(model: nn.Module) -> None:
+    """Cast a model's parameters to bfloat16, in place.
+
+    Buffers keep their dtype (rotary frequencies lose too much in bfloat16), and so do PEFT's trainable adapters and
+    heads of one output (`score`), which are small and sensitive.
+    """
+    adapted = is_peft(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is not torch.float32 or (adapted and parameter.requires_grad):
+            continue
+        if not name.endswith(("score.weight", "score.bias")):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def frozen_copy(policy: nn.Module) -> nn.Module:
+    """A reference: the policy as it is now, without gradients."""
+    reference = copy.deepcopy(policy)
+    return reference.requires_grad_(False).eval()
+
+
+@contextmanager
+def adapters_off(policy: nn.Module, ref_adapter_name: str | None, model_adapter_name: str | None) -> Iterator[nn.Module]:
+    """The PEFT policy as its own reference: adapters disabled, or the adapter `ref_adapter_name` in their place."""
+    if ref_adapter_name is None:
+        with policy.disable_adapter():  # type: ignore[operator]
+            yield policy
+        return
+    policy.set_adapter(ref_adapter_name)  # type: ignore[operator]
+    try:
+        yield policy
+    finally:
+        policy.set_adapter(model_adapter_name or "default")  # type: ignore[operator]
+
+
+@torch.no_grad()
+def check_head(policy: nn.Module) -> None:
+    """Compare our way through trunk and head with the model's own logits on three tokens.
+
+    Some architecture may do something to its logits that `lm_head` does not know of; better an error now than a
+    policy trained on the wrong log-probs.
+
+    Raises:
+        NotImplementedError: the two disagree.
+    """
+    ids = torch.tensor([[1, 2, 3]], device=lm_head(policy).weight.device)
+    batch = MicroBatch(
+        input_ids=ids,
+        predictors=torch.tensor([0, 1], device=ids.device),
+        target_ids=ids[0, 1:],
+        tokens=torch.arange(2, device=ids.device),
+    )
+    expected = policy(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, [0, 1], ids[0, 1:]]
+    got, _ = token_logprobs(policy, batch, 1.0)
+    if not torch.allclose(got, expected, atol=0.05, rtol=0.05):
+        raise NotImplementedError(
+            f"{type(unwrap_peft(policy)).__name__}: log-probs through its trunk and LM head are {got.tolist()}, its own "
+            f"logits give {expected.tolist()}; this architecture (or PEFT's prompt learning) is not supported"
+        )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens the model can attend to, where its configuration says."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Does the model's forward take this argument?"""
+    return argument in inspect.signature(unwrap_peft(model).forward).parameters

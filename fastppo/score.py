@@ -1,0 +1,316 @@
+"""Scores of responses (one number each), and what the models say of their tokens.
+
+Rewards come from Python callables, Hugging Face sequence classifiers, HTTP servers, or a weighted list of these. A
+reward that raises, hangs, or returns the wrong count, None, NaN or inf is an error that names the reward and the
+prompt: nothing is silently zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .batch import MicroBatch, Rollout, groups_by_length
+from .models import classifier_trunk, score_layer, unwrap_peft
+
+RewardFunction = Callable[..., Any]
+
+
+@dataclass
+class Episodes:
+    """What a reward sees of B episodes.
+
+    Attributes:
+        prompts: B prompts as the dataset had them: text, or a list of chat messages.
+        completions: B responses: text, or `[{"role": "assistant", "content": text}]` where the prompt is a chat.
+        completion_ids: B lists of response token ids.
+        prompt_ids: B lists of prompt token ids.
+        columns: the dataset's other columns, B values each.
+    """
+
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    prompt_ids: list[list[int]]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: Sequence[int]) -> Episodes:
+        return Episodes(
+            [self.prompts[i] for i in rows],
+            [self.completions[i] for i in rows],
+            [self.completion_ids[i] for i in rows],
+            [self.prompt_ids[i] for i in rows],
+            {name: [values[i] for i in rows] for name, values in self.columns.items()},
+        )
+
+
+@dataclass
+class Reward:
+    """One weighted source of scores: `function(episodes)` gives B numbers."""
+
+    name: str
+    weight: float
+    function: Callable[[Episodes], Any]
+
+
+def make_rewards(
+    reward_model: Any,
+    weights: Sequence[float] | None = None,
+    processing_classes: Any = None,
+    *,
+    timeout: float | None = None,
+    max_rows: int = 64,
+) -> list[Reward]:
+    """Turn `PPOTrainer`'s `reward_model` into weighted rewards.
+
+    Args:
+        reward_model: a callable `fn(prompts, completions, completion_ids, **columns) -> list[float]`, sync or async
+            (TRL's GRPO signature); a sequence classifier; the URL of a reward server; or a list of these.
+        weights: one per reward, default 1 each.
+        processing_classes: tokenizers of the classifiers (one, or a list like `reward_model` with None where there is
+            none). None: the classifier shares the policy's tokenizer and is fed token ids.
+        timeout: seconds a callable or server may take for one batch.
+        max_rows: most episodes in one forward pass of a classifier.
+
+    Raises:
+        TypeError, ValueError: not one of these, or the counts differ.
+    """
+    sources = list(reward_model) if isinstance(reward_model, (list, tuple)) else [reward_model]
+    if not sources:
+        raise ValueError("reward_model: expected at least one reward, got an empty list")
+    if not isinstance(processing_classes, (list, tuple)):
+        processing_classes = [processing_classes] * len(sources)
+    if len(processing_classes) != len(sources):
+        raise ValueError(
+            f"reward_processing_classes must have one entry per reward ({len(sources)}), got {len(processing_classes)}"
+        )
+    weights = [1.0] * len(sources) if weights is None else list(weights)
+    if len(weights) != len(sources):
+        raise ValueError(f"reward_weights must have one number per reward ({len(sources)}), got {len(weights)}")
+    rewards: list[Reward] = []
+    for source, weight, tokenizer in zip(sources, weights, processing_classes, strict=True):
+        function: Callable[[Episodes], Any]
+        if isinstance(source, nn.Module):
+            name, function = type(unwrap_peft(source)).__name__, ClassifierReward(source, tokenizer, max_rows)
+        elif isinstance(source, str) and source.startswith(("http://", "https://")):
+            name, function = source, _Called(source, HttpReward(source, timeout), timeout)
+        elif callable(source):
+            name = getattr(source, "__name__", type(source).__name__)
+            function = _Called(name, source, timeout)
+        else:
+            raise TypeError(
+                "reward_model: expected a callable, a sequence classifier, an http(s) URL, or a list of these, "
+                f"got {type(source).__name__}"
+            )
+        taken = [r.name for r in rewards]
+        rewards.append(Reward(name if name not in taken else f"{name}_{len(rewards)}", float(weight), function))
+    return rewards
+
+
+def score(rewards: Sequence[Reward], episodes: Episodes, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the rewards, and each of them: (B,) float32 tensors.
+
+    Raises:
+        RuntimeError: a reward raised or took too long.
+        ValueError: a reward gave the wrong count, or something that is not a finite number.
+    """
+    each: dict[str, Tensor] = {}
+    for reward in rewards:
+        values = _numbers(reward.name, reward.function(episodes), episodes)
+        each[reward.name] = torch.tensor(values, dtype=torch.float32, device=device)
+    total = torch.zeros(len(episodes), dtype=torch.float32, device=device)
+    for reward in rewards:
+        total += reward.weight * each[reward.name]
+    return total, each
+
+
+def token_scores(
+    evaluate: Callable[[MicroBatch], Sequence[Tensor]], batches: Iterator[MicroBatch], rollout: Rollout
+) -> list[Tensor]:
+    """Spread what `evaluate` says of packed tokens over (B, T) float32 tensors, 0 where no token counts."""
+    spread: list[Tensor] = []
+    for batch in batches:
+        results = evaluate(batch)
+        if not spread:
+            spread = [torch.zeros(rollout.response_ids.numel(), device=batch.tokens.device) for _ in results]
+        for whole, part in zip(spread, results, strict=True):
+            whole[batch.tokens] = part.detach().float()
+    return [whole.view_as(rollout.response_ids) for whole in spread]
+
+
+class ClassifierReward:
+    """Scores from a sequence classifier with one output.
+
+    A decoder is read at the last token of prompt + response, found by length rather than by comparing with a padding
+    id. An encoder is called as it is.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_rows: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_rows = max_rows
+        self.is_decoder = hasattr(unwrap_peft(model), "score")
+        if self.is_decoder:
+            score_layer(model)
+        else:
+            labels = getattr(unwrap_peft(model).config, "num_labels", None)
+            if labels != 1:
+                raise ValueError(
+                    f"reward_model: {type(model).__name__} must give 1 number per text (num_labels=1), got {labels}"
+                )
+
+    def token_ids(self, episodes: Episodes) -> list[list[int]]:
+        if self.tokenizer is None:
+            return [p + c for p, c in zip(episodes.prompt_ids, episodes.completion_ids, strict=True)]
+        texts = []
+        for prompt, completion in zip(episodes.prompts, episodes.completions, strict=True):
+            if isinstance(prompt, str):
+                texts.append(prompt + completion)
+            elif getattr(self.tokenizer, "chat_template", None):
+                texts.append(str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)))
+            else:
+                texts.append("\n".join(str(m["content"]) for m in [*prompt, *completion]))
+        limit = getattr(unwrap_peft(self.model).config, "max_position_embeddings", None)
+        return self.tokenizer(texts, truncation=limit is not None, max_length=limit)["input_ids"]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def __call__(self, episodes: Episodes) -> list[float]:
+        sequences = self.token_ids(episodes)
+        device = next(self.model.parameters()).device
+        scores = [0.0] * len(sequences)
+        for group in groups_by_length([len(s) for s in sequences], max_rows=self.max_rows):
+            longest = len(sequences[group[0]])
+            lengths = torch.tensor([len(sequences[i]) for i in group], device=device)
+            pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+            ids = torch.tensor([sequences[i] + [pad] * (longest - len(sequences[i])) for i in group], device=device)
+            if self.is_decoder:
+                hidden = classifier_trunk(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+                last = hidden[torch.arange(len(group), device=device), lengths - 1]
+                layer = score_layer(self.model)
+                out = layer(last.to(layer.weight.dtype)).squeeze(-1)
+            else:
+                attention = (torch.arange(longest, device=device) < lengths[:, None]).long()
+                out = self.model(input_ids=ids, attention_mask=attention).logits.squeeze(-1)
+            for i, value in zip(group, out.float().tolist(), strict=True):
+                scores[i] = value
+        return scores
+
+
+class HttpReward:
+    """Scores from a server: POST {"prompts", "completions", "completion_ids", columns...} → {"scores": [...]}."""
+
+    def __init__(self, url: str, timeout: float | None) -> None:
+        self.url = url
+        self.timeout = timeout
+
+    def __call__(self, **columns: Any) -> Any:
+        request = urllib.request.Request(
+            self.url, data=json.dumps(columns).encode(), headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            answer = json.loads(response.read())
+        if not isinstance(answer, dict) or "scores" not in answer:
+            raise ValueError('the server must answer {"scores": [...]}, got ' + repr(answer)[:200])
+        return answer["scores"]
+
+
+class _Called:
+    """A Python reward: called with TRL's GRPO signature, awaited if it is async, under a time limit."""
+
+    def __init__(self, name: str, function: RewardFunction, timeout: float | None) -> None:
+        self.name = name
+        self.function = function
+        self.timeout = timeout
+
+    def _call(self, episodes: Episodes) -> Any:
+        result = self.function(
+            prompts=episodes.prompts,
+            completions=episodes.completions,
+            completion_ids=episodes.completion_ids,
+            **episodes.columns,
+        )
+        return asyncio.run(_resolve(result)) if inspect.isawaitable(result) else result
+
+    def __call__(self, episodes: Episodes) -> Any:
+        outcome: dict[str, Any] = {}
+
+        def work() -> None:
+            try:
+                outcome["result"] = self._call(episodes)
+            except BaseException as error:
+                outcome["error"] = error
+
+        # A thread of its own: an event loop may already run here (notebooks), and a hung reward can be left behind.
+        thread = threading.Thread(target=work, name=f"reward {self.name}", daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if thread.is_alive():
+            raise RuntimeError(
+                f"reward {self.name} gave no answer within reward_timeout = {self.timeout} s for {len(episodes)} "
+                f"episodes; the first prompt: {_excerpt(episodes.prompts[0])}"
+            )
+        if "error" in outcome:
+            raise RuntimeError(
+                f"reward {self.name} raised {type(outcome['error']).__name__}: {outcome['error']}; "
+                f"{self._blame(episodes)}"
+            ) from outcome["error"]
+        return outcome["result"]
+
+    def _blame(self, episodes: Episodes) -> str:
+        """Which episode is it? Training is over anyway, so ask one at a time."""
+        if len(episodes) > 1 and not isinstance(self.function, HttpReward):
+            for i in range(len(episodes)):
+                try:
+                    self._call(episodes.take([i]))
+                except Exception:
+                    return _episode(episodes, i)
+            return f"only for the whole batch of {len(episodes)}, not for any episode alone"
+        return _episode(episodes, 0)
+
+
+async def _resolve(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _numbers(name: str, values: Any, episodes: Episodes) -> list[float]:
+    if isinstance(values, Tensor):
+        values = values.detach().flatten().tolist()
+    if values is None or isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+        raise ValueError(
+            f"reward {name} must return a list of {len(episodes)} numbers, got {type(values).__name__}; "
+            f"the first prompt: {_excerpt(episodes.prompts[0])}"
+        )
+    values = list(values)
+    if len(values) != len(episodes):
+        raise ValueError(f"reward {name} must return one number per episode ({len(episodes)}), got {len(values)}")
+    for i, value in enumerate(values):
+        try:
+            values[i] = float(value)
+        except (TypeError, ValueError):
+            values[i] = math.nan
+        if not math.isfinite(values[i]):
+            raise ValueError(f"reward {name} must return finite numbers, got {value!r} for {_episode(episodes, i)}")
+    return values
+
+
+def _episode(episodes: Episodes, i: int) -> str:
+    return f"episode {i}: prompt {_excerpt(episodes.prompts[i])}, completion {_excerpt(episodes.completions[i])}"
+
+
+def _excerpt(value: Any, most: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "…"

@@ -1,0 +1,669 @@
+"""PPO for language models: prompts → rollout → score → advantages → update → log.
+
+`PPOTrainer` stands where TRL's PPO trainer stood (0.13 to 1.12): same constructor, settings, methods and metric
+names. It borrows arguments, Accelerate, optimizer and schedule, callbacks, reporting, saving and the Hub from
+`transformers.Trainer`; `train()` is its own and reads as the line above.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import ProgressCallback as TransformersProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from . import checkpoint, metrics, models
+from .advantages import rewards_and_advantages
+from .batch import MicroBatch, Rollout, micro_batches
+from .config import PPOConfig
+from .optimizer import AdamW
+from .prompts import PromptOrder, Prompts, check_dataset, is_chat, read_prompts
+from .rollout import Sampling, rollout
+from .score import Episodes, make_rewards, score, token_scores
+from .update import update
+
+_EVAL_SEED = 1_000_003  # evaluation draws from a stream of its own, the same at every evaluation
+_OPTIMIZERS_WITH_MASTER = ("adamw_torch", "adamw_torch_fused")
+
+
+class PPOTrainer(Trainer):
+    """Proximal Policy Optimization (Schulman et al., 2017) of a causal language model against any reward.
+
+    Args:
+        args: settings.
+        processing_class: the policy's tokenizer (or a processor that has one).
+        model: policy, any `AutoModelForCausalLM` or a PEFT model around one. With `args.bf16` its weights are cast
+            to bfloat16 in place.
+        ref_model: reference of the KL penalty. None: the policy as it is now (a copy), or, for a PEFT policy, the
+            policy without its adapter.
+        reward_model: callable `fn(prompts, completions, completion_ids, **columns) -> list[float]` (sync or async; TRL's
+            GRPO signature), sequence classifier with one output, URL of a reward server, or a list of these weighted
+            by `args.reward_weights`.
+        train_dataset: rows with `prompt` (text, or a list of chat messages) or `input_ids`; other columns are
+            handed to callable rewards.
+        value_model: critic, a decoder-type sequence classifier with one output. None: a value head on the policy's
+            own trunk.
+        data_collator: as TRL scripts pass it; applied to `input_ids`, its padding is taken off again.
+        eval_dataset: prompts for `evaluate()` and `generate_completions()`.
+        optimizers: (optimizer, scheduler) instead of those from `args`.
+        callbacks: further `transformers.TrainerCallback`s.
+        peft_config: trains this adapter instead of the policy's weights.
+        reward_processing_classes: tokenizers of reward classifiers that do not share the policy's.
+        logits_processor: further `transformers.LogitsProcessor`s of the rollout.
+
+    Raises:
+        ValueError, TypeError: something does not fit; the message names it, what was expected and what came.
+
+    Example:
+        >>> trainer = PPOTrainer(PPOConfig("out"), tokenizer, model, None, reward, dataset)
+        >>> trainer.train()
+        >>> trainer.save_model("out/final")
+    """
+
+    _tag_names = ["fastppo", "ppo"]
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: Any,
+        model: nn.Module,
+        ref_model: nn.Module | None = None,
+        reward_model: Any = None,
+        train_dataset: Any = None,
+        value_model: nn.Module | None = None,
+        data_collator: Callable[[Any], Any] | None = None,
+        eval_dataset: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        reward_processing_classes: Any = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+    ) -> None:
+        if train_dataset is None:
+            raise ValueError("train_dataset is required")
+        if reward_model is None:
+            raise ValueError("reward_model is required: a callable, a sequence classifier, a URL, or a list of these")
+        if ref_model is model:
+            raise ValueError("model and ref_model must not be the same object: pass ref_model=None for a frozen copy")
+        check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
+        self.tokenizer = _tokenizer(processing_class)
+        args.set_batch_sizes(len(train_dataset))
+        self.rewards = make_rewards(
+            reward_model,
+            args.reward_weights,
+            reward_processing_classes,
+            timeout=args.reward_timeout,
+            max_rows=args.local_rollout_forward_batch_size,
+        )
+
+        # --- models
+        for module in (model, value_model, ref_model):
+            if module is not None:
+                models.disable_dropout(module)
+                if args.bf16:
+                    models.to_bfloat16(module)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        self.is_peft_model = models.is_peft(model)
+        if ref_model is None and not self.is_peft_model:
+            ref_model = models.frozen_copy(model)
+        use_cache = models.text_config(model).use_cache
+        models.check_head(model.eval())
+        actor_critic = models.ActorCritic(model, value_model)
+
+        super().__init__(
+            model=actor_critic,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._prompt_collator = data_collator
+        models.text_config(model).use_cache = use_cache  # Trainer turns it off, and it would be saved so
+        if self.accelerator.distributed_type not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        ):
+            raise NotImplementedError(
+                f"PPOTrainer runs on one process or under DDP, got {self.accelerator.distributed_type}"
+            )
+        self.ref_model = ref_model.to(args.device).eval().requires_grad_(False) if ref_model is not None else None
+        for reward in self.rewards:
+            if isinstance(getattr(reward.function, "model", None), nn.Module):
+                reward.function.model.to(args.device)  # type: ignore[attr-defined]
+        if args.gradient_checkpointing:
+            for module in (model, value_model):
+                if module is not None:
+                    options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+                    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        self.actor_critic = actor_critic
+        self._create_optimizer_and_scheduler()
+        self.model_wrapped, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+
+        self.stop_token_id = args.stop_token_id
+        self.logits_processor = tuple(logits_processor)
+        self.sampling = Sampling(
+            max_new_tokens=args.response_length,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p or 0.0,
+            repetition_penalty=args.repetition_penalty,
+            min_new_tokens=args.min_new_tokens,
+            stop_token_ids=_stop_token_ids(args, self.tokenizer, model),
+            stop_strings=tuple(args.stop_strings or ()),
+        )
+        pad = self.tokenizer.pad_token_id
+        # Only a filler: no mask is ever read from it.
+        self.pad_token_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
+        self.state.episode = 0  # type: ignore[attr-defined]
+        if self.callback_handler.pop_callback(TransformersProgressCallback) is not None:
+            self.add_callback(metrics.ProgressCallback)
+
+    # --- the story ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> None:  # type: ignore[override]
+        """Train for `args.num_total_batches` updates.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest in `args.output_dir`. The run goes on
+                exactly as it would have: same prompts, draws and order.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+        """
+        args = self.args
+        self._begin(resume_from_checkpoint)
+        prompts = self._prompt_batches()
+        started, first_step = time.perf_counter(), self.state.global_step
+
+        for _ in range(first_step, args.num_total_batches):
+            self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+            clock = _Clock()
+            batch = next(prompts)
+            episodes = self._rollout(batch)
+            clock.lap("rollout")
+            logprobs, values, ref_logprobs = self._evaluate_tokens(episodes)
+            scores, each = self._score(batch, episodes)
+            clock.lap("score")
+            result = rewards_and_advantages(
+                scores,
+                logprobs,
+                ref_logprobs,
+                values,
+                episodes.response_mask,
+                kl_coef=args.kl_coef,
+                estimator=args.kl_estimator,
+                reward_clip=args.reward_clip,
+                whiten_rewards=args.whiten_rewards,
+                whiten_advantages=args.whiten_advantages,
+                gamma=args.gamma,
+                lam=args.lam,
+            )
+            means = self._update(episodes, logprobs, values, result.advantages, result.returns)
+            clock.lap("update")
+
+            self.state.global_step += 1
+            self.state.episode += args.batch_size  # type: ignore[attr-defined]
+            self.state.epoch = self.state.episode / (len(self.train_dataset) * args.num_generations)  # type: ignore[attr-defined]
+            report = metrics.episode_metrics(episodes, scores, each, logprobs, result, values, args.kl_coef)
+            report |= metrics.update_metrics(means)
+            report |= {f"time/{room}": seconds for room, seconds in clock.laps.items()}
+            tokens = float(episodes.response_mask.sum())
+            report = metrics.mean_over_ranks(report | {"tokens_per_second": tokens / clock.total})
+            report["tokens_per_second"] *= args.world_size
+            done = self.state.global_step - first_step
+            report["eps"] = done * args.batch_size / (time.perf_counter() - started)
+            report["lr"] = self.lr_scheduler.get_last_lr()[0]
+            report["episode"] = self.state.episode  # type: ignore[attr-defined]
+            self.log(report)
+            self.lr_scheduler.step()
+            self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+            self._evaluate_save_and_show(report)
+            if self.control.should_training_stop:
+                break
+
+        self._end()
+
+    # --- rooms, with their settings ----------------------------------------------------------------------------------
+
+    def _rollout(self, batch: Prompts) -> Rollout:
+        args = self.args
+        first = self.state.episode + args.process_index * args.local_batch_size  # type: ignore[attr-defined]
+        return rollout(
+            self._policy(),
+            batch.ids,
+            self.sampling,
+            pad_token_id=self.pad_token_id,
+            seed=args.seed,
+            first_episode=first,
+            num_generations=args.num_generations,
+            max_rows=args.local_rollout_forward_batch_size,
+            tokenizer=self.tokenizer,
+            logits_processor=self.logits_processor,
+        )
+
+    @torch.no_grad()
+    def _evaluate_tokens(self, episodes: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and values of the sampled tokens on the path that training takes, and the reference's log-probs."""
+        temperature = self.args.temperature
+        self.actor_critic.eval()
+
+        def actor_critic(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+            evaluation = self.actor_critic(batch, temperature)
+            return evaluation.logprobs, evaluation.values
+
+        logprobs, values = token_scores(actor_critic, self._micro_batches(episodes), episodes)
+        with self.null_ref_context() as reference:
+
+            def reference_logprobs(batch: MicroBatch) -> tuple[Tensor, ...]:
+                return models.token_logprobs(reference, batch, temperature)[:1]
+
+            (ref_logprobs,) = token_scores(reference_logprobs, self._micro_batches(episodes), episodes)
+        return logprobs, values, ref_logprobs
+
+    def _micro_batches(self, episodes: Rollout) -> Iterator[MicroBatch]:
+        return micro_batches(
+            episodes,
+            range(len(episodes)),
+            pad_token_id=self.pad_token_id,
+            max_rows=self.args.local_rollout_forward_batch_size if self.args.micro_batch_tokens is None else None,
+            max_tokens=self.args.micro_batch_tokens,
+        )
+
+    def _score(self, batch: Prompts, episodes: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = self._episodes(batch, episodes)
+        scores, each = score(self.rewards, seen, self.args.device)
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * episodes.truncated.float()
+        return scores, each
+
+    def _episodes(self, batch: Prompts, episodes: Rollout) -> Episodes:
+        """What a reward sees: each prompt `num_generations` times, each completion as text."""
+        repeats = len(episodes) // len(batch.ids)
+        prompts = [p for p in batch.given for _ in range(repeats)]
+        completion_ids = episodes.completions()
+        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        completions: list[Any] = [
+            [{"role": "assistant", "content": text}] if is_chat(prompt) else text
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        columns = {name: [v for v in values for _ in range(repeats)] for name, values in batch.columns.items()}
+        return Episodes(prompts, completions, completion_ids, episodes.prompt_ids, columns)
+
+    def _update(
+        self, episodes: Rollout, logprobs: Tensor, values: Tensor, advantages: Tensor, returns: Tensor
+    ) -> dict[str, float]:
+        args = self.args
+        # transformers recomputes activations only in train mode; dropout is off, so nothing else changes.
+        self.model_wrapped.train(bool(args.gradient_checkpointing))
+        try:
+            return update(
+                self.model_wrapped,
+                self.optimizer,
+                episodes,
+                logprobs=logprobs,
+                values=values,
+                advantages=advantages,
+                returns=returns,
+                temperature=args.temperature,
+                epochs=args.num_ppo_epochs,
+                mini_batches=args.num_mini_batches,
+                micro_batch_rows=args.per_device_train_batch_size if args.micro_batch_tokens is None else None,
+                micro_batch_tokens=args.micro_batch_tokens,
+                clip_range=args.cliprange,
+                value_clip_range=args.cliprange_value,
+                vf_coef=args.vf_coef,
+                max_grad_norm=args.max_grad_norm,
+                target_kl=args.target_kl,
+                pad_token_id=self.pad_token_id,
+                seed=args.seed + self.state.global_step,
+                accelerator=self.accelerator,
+            )
+        finally:
+            self.model_wrapped.eval()
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean score, KL to the reference, and length of sampled responses to the evaluation prompts.
+
+        Args:
+            eval_dataset: rows like the training set's, or a dict of such datasets. Default: the trainer's.
+            ignore_keys: unused; for compatibility.
+            metric_key_prefix: put before each metric's name.
+
+        Returns:
+            `<prefix>_objective/scores`, `<prefix>_objective/kl`, `<prefix>_completions/mean_length`, ...
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate: expected an eval_dataset, got None here and in the constructor")
+        if isinstance(dataset, dict):
+            report: dict[str, float] = {}
+            for name, part in dataset.items():
+                report |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return report
+        rows = self._completions(dataset, self.sampling)
+        number = {k: torch.tensor([float(r[k]) for r in rows]) for k in ("score", "kl", "length", "truncated")}
+        report = {
+            f"{metric_key_prefix}_objective/scores": number["score"].mean().item(),
+            f"{metric_key_prefix}_objective/scores_std": number["score"].std(correction=0).item(),
+            f"{metric_key_prefix}_objective/kl": number["kl"].mean().item(),
+            f"{metric_key_prefix}_completions/mean_length": number["length"].mean().item(),
+            f"{metric_key_prefix}_completions/clipped_ratio": number["truncated"].mean().item(),
+        }
+        report = metrics.mean_over_ranks(report)
+        self.log(dict(report))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, report)
+        return report
+
+    def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
+        """Greedy responses to evaluation prompts: printed, saved under `output_dir/completions`, and returned.
+
+        Args:
+            sampling: only one batch (`per_device_eval_batch_size`) of prompts instead of all.
+
+        Returns:
+            One row per prompt: query, model response, score, kl, length, truncated.
+        """
+        if self.eval_dataset is None:
+            return []
+        dataset = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        most = self.args.per_device_eval_batch_size if sampling else len(dataset)
+        greedy = Sampling(
+            max_new_tokens=self.sampling.max_new_tokens,
+            top_k=1,
+            stop_token_ids=self.sampling.stop_token_ids,
+            stop_strings=self.sampling.stop_strings,
+        )
+        rows = self._completions(dataset, greedy, most)
+        if self.args.process_index == 0:
+            metrics.save_completions(rows, self.args.output_dir, self.state.global_step)
+            shown = [{k: r[k] for k in ("query", "model response", "score")} for r in rows]
+            metrics.print_completions(shown, f"Completions after {self.state.global_step} updates")
+            self._log_table(shown)
+        return rows
+
+    def _completions(self, dataset: Any, sampling: Sampling, most: int | None = None) -> list[dict[str, Any]]:
+        """Responses of this rank's share of a dataset, with score and KL of each. Draws are the same every time."""
+        indices = range(self.args.process_index, min(most or len(dataset), len(dataset)), self.args.world_size)
+        size = max(1, self.args.local_rollout_forward_batch_size)
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(indices), size):
+            batch = self._read([dataset[i] for i in indices[start : start + size]])
+            episodes = rollout(
+                self._policy(),
+                batch.ids,
+                sampling,
+                pad_token_id=self.pad_token_id,
+                seed=self.args.seed + _EVAL_SEED,
+                first_episode=start,
+                max_rows=size,
+                tokenizer=self.tokenizer,
+            )
+            seen = self._episodes(batch, episodes)
+            logprobs, _, ref_logprobs = self._evaluate_tokens(episodes)
+            scores, _ = score(self.rewards, seen, self.args.device)
+            kl = (logprobs - ref_logprobs).masked_fill(~episodes.response_mask, 0.0).sum(1)
+            queries = self.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(seen.completion_ids, skip_special_tokens=True)
+            for i in range(len(batch.ids)):
+                rows.append(
+                    {
+                        "query": queries[i],
+                        "model response": texts[i],
+                        "score": scores[i].item(),
+                        "kl": kl[i].item(),
+                        "length": int(episodes.response_lengths[i]),
+                        "truncated": bool(episodes.truncated[i]),
+                    }
+                )
+        return rows
+
+    def _log_table(self, rows: list[dict[str, Any]]) -> None:
+        if "wandb" in self.args.report_to:
+            import wandb
+
+            if wandb.run is not None:
+                table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
+                wandb.log({"completions": table})
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of training rows from where the run stands, without end; every epoch in a new order."""
+        args = self.args
+        block = args.local_batch_size // args.num_generations
+        order = PromptOrder(
+            len(self.train_dataset),
+            args.seed if args.data_seed is None else args.data_seed,
+            start=self.state.global_step * block * args.world_size,
+            block=block,
+            rank=args.process_index,
+            ranks=args.world_size,
+        )
+        return DataLoader(
+            self.train_dataset,
+            batch_size=block,
+            sampler=order,
+            collate_fn=list,
+            num_workers=args.dataloader_num_workers,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches of evaluation rows, in order."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=list)
+
+    def _prompt_batches(self) -> Iterator[Prompts]:
+        for rows in self.get_train_dataloader():
+            yield self._read(rows)
+
+    def _read(self, rows: Sequence[Any]) -> Prompts:
+        return read_prompts(
+            rows, self.tokenizer, data_collator=self._prompt_collator, max_length=self.args.max_prompt_length
+        )
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    def _policy(self) -> nn.Module:
+        return self.actor_critic.policy
+
+    @contextmanager
+    def null_ref_context(self) -> Iterator[nn.Module]:
+        """The reference: the reference model, or the PEFT policy with its adapter disabled or exchanged."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        args = self.args
+        with models.adapters_off(self._policy(), args.ref_adapter_name, args.model_adapter_name) as reference:
+            yield reference
+
+    def _create_optimizer_and_scheduler(self) -> None:
+        args = self.args
+        half = any(p.requires_grad and p.dtype is torch.bfloat16 for p in self.actor_critic.parameters())
+        if half and self.optimizer is None and args.optim in _OPTIMIZERS_WITH_MASTER:
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer_cls_and_kwargs = (AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon})
+        elif half:
+            warnings.warn(
+                "the optimizer updates bfloat16 weights without a float32 master, which loses small updates; leave "
+                "optim at adamw_torch, or set bf16=False",
+                stacklevel=3,
+            )
+        self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
+
+    # --- beginning, end and disk -------------------------------------------------------------------------------------
+
+    def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
+        args = self.args
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
+        state = self.state
+        state.max_steps = args.num_total_batches
+        state.num_train_epochs = args.total_episodes / (len(self.train_dataset) * args.num_generations)
+        state.train_batch_size = args.per_device_train_batch_size
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            steps = getattr(args, name)
+            if steps is not None:
+                setattr(state, name, math.ceil(state.max_steps * steps) if steps < 1 else int(steps))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.is_in_train = True
+        self.model_wrapped.eval()
+        self.control = self.callback_handler.on_train_begin(args, state, self.control)
+
+    def _evaluate_save_and_show(self, report: dict[str, float]) -> None:
+        args = self.args
+        best = False
+        if self.control.should_evaluate:
+            found = self.evaluate()
+            if args.metric_for_best_model not in (None, "loss"):
+                best = self._determine_best_metric(metrics=found, trial=None)
+        if self.control.should_save or (args.save_strategy == "best" and best):
+            self._save_checkpoint(self.actor_critic, trial=None)
+            self.control = self.callback_handler.on_save(args, self.state, self.control)
+        if args.num_sample_generations:
+            every = max(1, args.num_total_batches // args.num_sample_generations)
+            if (self.state.global_step - 1) % every == 0:
+                self.generate_completions(sampling=True)
+
+    def _end(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            checkpoint.restore_actor_critic(self.actor_critic, Path(best))
+        self.is_in_train = False
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save policy, tokenizer and critic (`critic/`) under a temporary name, then rename.
+
+        `AutoModelForCausalLM.from_pretrained(output_dir)` reads the policy, `fastppo.load_actor_critic` both.
+        """
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if self.args.should_save:
+            with checkpoint.written_then_renamed(output_dir) as folder:
+                self._save(str(folder))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_actor_critic(self.actor_critic, folder)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Policy, critic, optimizer, schedule and state, in `checkpoint-<updates>`."""
+        if not self.args.should_save:
+            return
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with checkpoint.written_then_renamed(final) as folder:
+            self._save(str(folder))
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            (folder / "episodes.txt").write_text(f"{self.state.episode}\n")  # type: ignore[attr-defined]
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        rotate_checkpoints(
+            output_dir=self.args.output_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=False,
+        )
+
+    def _resume(self, resume_from_checkpoint: str | bool) -> None:
+        if resume_from_checkpoint is True:
+            found = checkpoint.last_checkpoint(self.args.output_dir)
+        else:
+            found = Path(resume_from_checkpoint)  # type: ignore[arg-type]
+        if found is None or not (found / "trainer_state.json").exists():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: no checkpoint with a trainer_state.json found in "
+                f"{found or self.args.output_dir}"
+            )
+        checkpoint.restore_actor_critic(self.actor_critic, found)
+        self._load_optimizer_and_scheduler(str(found))
+        self.state = TrainerState.load_from_json(str(found / "trainer_state.json"))
+        self.state.episode = int((found / "episodes.txt").read_text())  # type: ignore[attr-defined]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The model card of `transformers.Trainer`, tagged fastppo and ppo."""
+        if self.args.should_save:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            kwargs.setdefault("tags", self._tag_names)
+            super().create_model_card(*args, **kwargs)
+
+
+class _Clock:
+    """Seconds spent in each room of an update."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, room: str) -> None:
+        now = time.perf_counter()
+        self.laps[room] = now - self.last
+        self.last = now
+
+    @property
+    def total(self) -> float:
+        return self.last - self.start
+
+
+def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class must be a tokenizer or a processor that has one, got {type(processing_class).__name__}"
+        )
+    return tokenizer
+
+
+def _stop_token_ids(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> tuple[int, ...]:
+    """`stop_token_id`, or else the EOS of the tokenizer and those that the model's generation config names."""
+    if args.stop_token_id is not None:
+        return (args.stop_token_id,)
+    generation_config = getattr(models.unwrap_peft(model), "generation_config", None)
+    named = getattr(generation_config, "eos_token_id", None)
+    named = named if isinstance(named, (list, tuple)) else [named]
+    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *named] if i is not None}))
+
+
+def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs the peft library: pip install 'fastppo[peft]'") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig (LoraConfig, ...), got {type(peft_config).__name__}")
+    if models.is_peft(model):
+        raise ValueError("model is a PEFT model already: merge its adapter first, or pass it without peft_config")
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type,no-any-return]
