@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fastppo.reference.logprobs import log_softmax
+from .logprobs import log_softmax
 
 
 def distribution_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:

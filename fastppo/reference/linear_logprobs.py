@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastppo.reference.logprobs import logprobs
+from .logprobs import logprobs
 
 
 def linear_logprobs(

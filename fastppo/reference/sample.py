@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.reference.logprobs import logprobs
+from .logprobs import logprobs
 
 
 class Sample(NamedTuple):
