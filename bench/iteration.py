@@ -289,7 +289,7 @@ def report(results: list[dict[str, Any]], folder: Path) -> None:
     import torch
 
     print(
-        f"\n{EPISODES} episodes of {TOKENS} tokens, {EPOCHS} epochs; policy, critic, reward and reference of 135M"
+        f"\n{EPISODES} episodes of {TOKENS} tokens, {EPOCHS} epochs; policy, critic, reward, reference: 135M each"
     )
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {processor()}\n")
     columns = ("rollout", "score", "update", "seconds", "episodes/s", "tokens/s", "peak GB")

@@ -20,6 +20,6 @@ def need(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(
-            f"The demo needs the package {package}, which is not installed here ({error}).\n"
-            "`make demo` installs all it needs; by hand: make .venv/demo.stamp"
+            f"The demo needs the package {package}, which is not installed here ({error}); "
+            "`make setup` installs all it needs."
         ) from error

@@ -23,7 +23,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of prompts order and of every draw (default 0)")
     parser.add_argument("--updates", type=_at_least_one, default=26, help="PPO updates (default 26)")
-    parser.add_argument("--minutes", type=float, default=6.0, help="stop training by then (default 6)")
+    parser.add_argument("--minutes", type=_above_zero, default=6.0, help="stop training by then (default 6)")
     parser.add_argument(
         "--held-out", type=_at_least_one, default=128, help="openings kept for measuring (default 128)"
     )
@@ -37,6 +37,13 @@ def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {number}")
     return number
 
 
@@ -76,7 +83,7 @@ def main() -> None:
 
     def measure(reference: Any) -> warmth.Measured:
         return warmth.measure(
-            trainer.policy_model,
+            trainer.actor_critic.policy,
             reference,
             tokenizer,
             held_out,

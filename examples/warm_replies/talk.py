@@ -32,7 +32,7 @@ def main() -> None:
     with console.status("loading"):
         speaker = Speaker(options.model, options.tokens, options.temperature, options.seed)
         reward = warmth()
-    console.print("Say something; an empty line ends the chat. The numbers are VADER's.\n")
+    console.print("Say something; an empty line ends the chat. Numbers: VADER's, and the critic's guess.\n")
     while said := _ask(console):
         reply, expected = speaker.answer(said)
         score = reward(prompts=[said], completions=[reply])[0]
@@ -51,35 +51,46 @@ def _ask(console: Any) -> str:
 
 
 class Speaker:
-    """The saved policy, its tokenizer and critic, and the conversation so far."""
+    """The saved policy and critic, the tokenizer, and the conversation so far."""
 
     def __init__(self, folder: Path, tokens: int, temperature: float, seed: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        self.policy = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        from fastppo.checkpoint import load_actor_critic
+
+        self.actor_critic = load_actor_critic(folder).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.tokens, self.temperature, self.seed = tokens, temperature, seed
         self.chat: list[dict[str, str]] = []
 
     def answer(self, said: str) -> tuple[str, float | None]:
+        """(reply, the reward that the critic expects of it before the first word is drawn)."""
         from fastppo.rollout import Sampling, rollout
 
         self.chat.append({"role": "user", "content": said})
-        prompt: Any = self.tokenizer.apply_chat_template(
-            self.chat, add_generation_prompt=True, return_dict=False
-        )
-        sampling = Sampling(self.tokens, self.temperature, stop_token_ids=(self.tokenizer.eos_token_id,))
+        prompt = self.tokenizer.apply_chat_template(self.chat, add_generation_prompt=True, return_dict=False)
         answers = rollout(
-            self.policy,
+            self.actor_critic.policy,
             [prompt],
-            sampling,
+            Sampling(self.tokens, self.temperature, stop_token_ids=(self.tokenizer.eos_token_id,)),
             pad_token_id=self.tokenizer.pad_token_id,
             seed=self.seed,
             first_episode=len(self.chat),
         )
-        reply = str(self.tokenizer.decode(answers.completions()[0], skip_special_tokens=True)).strip()
+        reply = self.tokenizer.decode(answers.completions()[0], skip_special_tokens=True).strip()
         self.chat.append({"role": "assistant", "content": reply})
-        return reply, None
+        return reply, self._expected(prompt)
+
+    def _expected(self, prompt: list[int]) -> float | None:
+        import torch
+
+        from fastppo.models import hidden_states
+
+        if self.actor_critic.value_head is None:
+            return None
+        with torch.no_grad():
+            state = hidden_states(self.actor_critic.policy, torch.tensor([prompt]))[0, -1]
+            return float(self.actor_critic.value_head(state.float()))
 
 
 if __name__ == "__main__":
