@@ -21,11 +21,14 @@ from .batch import MicroBatch
 
 
 class Evaluation(NamedTuple):
-    """What policy and critic say of the N counted tokens of a micro-batch; each (N,) float32, in nats."""
+    """What policy and critic say of the N counted tokens of a micro-batch; each (N,) float32, or None if not asked.
 
-    logprobs: Tensor
-    entropy: Tensor
-    values: Tensor
+    `logprobs` and `entropy` are in nats, `values` in units of reward.
+    """
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    values: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -134,17 +137,27 @@ class ActorCritic(nn.Module):
             self.value_head = None
             score_layer(value_model)
 
-    def forward(self, batch: MicroBatch, temperature: float) -> Evaluation:
-        hidden = hidden_states(self.policy, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
-        logprobs, entropy = head_logprobs(self.policy, hidden, batch.target_ids, temperature)
-        if self.value_head is not None:
-            values = self.value_head(hidden.float()).squeeze(-1)
-        else:
-            assert self.value_model is not None
-            states = classifier_trunk(self.value_model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            states = states.flatten(0, 1).index_select(0, batch.predictors)
-            score = score_layer(self.value_model)
-            values = score(states.to(score.weight.dtype)).squeeze(-1).float()
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """What can be run and trained on its own: ("actor", "critic"), or ("both",) on a shared trunk."""
+        return ("both",) if self.value_model is None else ("actor", "critic")
+
+    def forward(self, batch: MicroBatch, temperature: float, network: str = "both") -> Evaluation:
+        """Evaluate a micro-batch with one network (see `networks`) or both."""
+        logprobs = entropy = values = hidden = None
+        if network != "critic":
+            hidden = hidden_states(self.policy, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+            logprobs, entropy = head_logprobs(self.policy, hidden, batch.target_ids, temperature)
+        if network != "actor":
+            if self.value_model is not None:
+                trunk, head = classifier_trunk(self.value_model), score_layer(self.value_model)
+                states = trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                hidden = states.flatten(0, 1).index_select(0, batch.predictors)
+            else:
+                assert self.value_head is not None
+                head = self.value_head
+            assert hidden is not None
+            values = head(hidden.to(head.weight.dtype)).squeeze(-1).float()
         return Evaluation(logprobs, entropy, values)
 
 

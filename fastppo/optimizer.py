@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from . import ops
 
@@ -88,7 +89,7 @@ class AdamW(torch.optim.Optimizer):
                     exp_avg_sq=torch.zeros_like(p),
                 )
         states = [self.state[p] for p in params]
-        torch.optim.adamw.adamw(  # type: ignore[attr-defined]
+        adamw(
             params,
             [p.grad for p in params],
             [s["exp_avg"] for s in states],

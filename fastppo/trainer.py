@@ -269,8 +269,8 @@ class PPOTrainer(Trainer):
         self.actor_critic.eval()
 
         def actor_critic(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-            evaluation = self.actor_critic(batch, temperature)
-            return evaluation.logprobs, evaluation.values
+            logprobs, _, values = self.actor_critic(batch, temperature)
+            return logprobs, values
 
         logprobs, values = token_scores(actor_critic, self._micro_batches(episodes), episodes)
         with self.null_ref_context() as reference:

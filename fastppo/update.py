@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,7 +47,7 @@ def update(
     Args:
         logprobs, values, advantages, returns: (B, T) float32, of the policy and critic that made the rollout.
         micro_batch_rows, micro_batch_tokens: most episodes and tokens (with padding) in a forward and backward.
-        max_grad_norm: the gradient is scaled down to this norm; None or 0: not.
+        max_grad_norm: the gradient of each network is scaled down to this norm; None or 0: not.
         target_kl: stop, before the step is taken, once a step's approx_kl = mean(½ (log ratio)²) exceeds this.
         seed: of the order of the episodes.
         accelerator: `accelerate.Accelerator`, for backward, clipping and gradient synchronisation.
@@ -59,7 +60,7 @@ def update(
         FloatingPointError: the gradient holds NaN or inf; the model is left as it was before the step.
     """
     device = rollout.response_ids.device
-    flat = [x.flatten() for x in (logprobs, values, advantages, returns)]
+    old = tuple(x.flatten() for x in (logprobs, values, advantages, returns))
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     steps: list[Tensor] = []
@@ -69,8 +70,7 @@ def update(
     for _ in range(epochs):
         order = torch.randperm(len(rollout), generator=generator)
         for rows in order.tensor_split(mini_batches):
-            count = rollout.response_mask[rows.to(device)].sum()
-            normalizer = _sum_over_ranks(count.float()).clamp_min(1)
+            normalizer = _sum_over_ranks(rollout.response_mask[rows.to(device)].sum().float()).clamp_min(1)
             pieces = list(
                 micro_batches(
                     rollout,
@@ -81,31 +81,36 @@ def update(
                 )
             )
             step_stats = torch.zeros(len(PPOStats._fields), device=device)
-            for i, piece in enumerate(pieces):
-                last = i + 1 == len(pieces)
-                with nullcontext() if last else accelerator.no_sync(model):
-                    loss, stats = _loss(
-                        model(piece, temperature), piece, flat, clip_range, value_clip_range, vf_coef, normalizer
-                    )
-                    # DDP averages over ranks what the normalizer has already divided by all ranks' tokens.
-                    accelerator.backward(loss * accelerator.num_processes)
+            # Separate networks share no gradient: one after the other, the activations and gradients of one suffice.
+            for network in accelerator.unwrap_model(model).networks:
+                stats = torch.zeros_like(step_stats)
+                for i, piece in enumerate(pieces):
+                    with nullcontext() if i + 1 == len(pieces) else accelerator.no_sync(model):
+                        new = model(piece, temperature, network)
+                        loss, part = _loss(new, piece, old, clip_range, value_clip_range, vf_coef, normalizer)
+                        # DDP averages over ranks what the normalizer has already divided by all ranks' tokens.
+                        accelerator.backward(loss * accelerator.num_processes)
+                    stats = _accumulate(stats, torch.stack(list(part)))
+                stats = _over_ranks(stats)
                 step_stats = _accumulate(step_stats, stats)
-            step_stats = _reduce(step_stats)
-            approx_kl = step_stats[PPOStats._fields.index("approx_kl")].item()
-            if target_kl is not None and approx_kl > target_kl:
-                stopped_early = True
+                if target_kl is not None and stats[PPOStats._fields.index("approx_kl")].item() > target_kl:
+                    stopped_early = True
+                    optimizer.zero_grad(set_to_none=True)
+                    break
+                norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm else float("inf")))
+                if not math.isfinite(norm):
+                    optimizer.zero_grad(set_to_none=True)
+                    named = dict(zip(PPOStats._fields, stats.tolist(), strict=True))
+                    raise FloatingPointError(
+                        f"update: the gradient norm is {norm}, so this step was not taken; policy_loss "
+                        f"{named['policy_loss']:.4g}, value_loss {named['value_loss']:.4g}, ratio_max "
+                        f"{named['ratio_max']:.4g}. Lower the learning rate, or check the rewards"
+                    )
+                optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                norms.append(norm)
+            if stopped_early:
                 break
-            norm = accelerator.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm else float("inf"))
-            norms.append(float(norm))
-            if not torch.isfinite(torch.tensor(norms[-1])):
-                optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError(
-                    f"update: gradient norm is {norms[-1]} (policy_loss {step_stats[0].item():.4g}, value_loss "
-                    f"{step_stats[1].item():.4g}); the step was not taken. Lower the learning rate or check the rewards"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             steps.append(step_stats)
         if stopped_early:
             break
@@ -124,36 +129,39 @@ def update(
 def _loss(
     new: Evaluation,
     batch: MicroBatch,
-    old: list[Tensor],
+    old: tuple[Tensor, ...],
     clip_range: float,
     value_clip_range: float,
     vf_coef: float,
     normalizer: Tensor,
 ) -> tuple[Tensor, PPOStats]:
+    """Loss and metrics of what the evaluated network is responsible for; the rest is 0."""
     logprobs, values, advantages, returns = (x[batch.tokens] for x in old)
-    return ops.ppo_loss(
-        new.logprobs,
+    loss, stats = ops.ppo_loss(
+        logprobs if new.logprobs is None else new.logprobs,
         logprobs,
-        advantages,
+        torch.zeros_like(advantages) if new.logprobs is None else advantages,
         torch.ones_like(batch.tokens, dtype=torch.bool),
         new_values=new.values,
-        values=values,
-        returns=returns,
+        values=values if new.values is not None else None,
+        returns=returns if new.values is not None else None,
         entropy=new.entropy,
         clip_range=clip_range,
         value_clip_range=value_clip_range,
         vf_coef=vf_coef,
         normalizer=normalizer,
     )
+    if new.logprobs is None:  # a ratio of the old policy to itself is no news
+        stats = stats._replace(ratio=torch.zeros_like(stats.ratio), ratio_max=torch.zeros_like(stats.ratio_max))
+    return loss, stats
 
 
-def _accumulate(total: Tensor, stats: PPOStats) -> Tensor:
-    """Add up all fields but the last, `ratio_max`, whose maximum is kept."""
-    new = torch.stack(list(stats))
+def _accumulate(total: Tensor, new: Tensor) -> Tensor:
+    """Add up all fields of `PPOStats` but the last, `ratio_max`, whose maximum is kept."""
     return torch.cat([total[:-1] + new[:-1], torch.maximum(total[-1:], new[-1:])])
 
 
-def _reduce(stats: Tensor) -> Tensor:
+def _over_ranks(stats: Tensor) -> Tensor:
     if not _distributed():
         return stats
     summed, largest = stats.clone(), stats[-1:].clone()
