@@ -288,9 +288,7 @@ def report(results: list[dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     import torch
 
-    print(
-        f"\n{EPISODES} episodes of {TOKENS} tokens, {EPOCHS} epochs; policy, critic, reward, reference: 135M each"
-    )
+    print(f"\n{EPISODES} episodes of {TOKENS} tokens, {EPOCHS} epochs; four models of 135M")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {processor()}\n")
     columns = ("rollout", "score", "update", "seconds", "episodes/s", "tokens/s", "peak GB")
     print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))
