@@ -32,6 +32,36 @@ STABLE_TORCH_LIBRARY(fastppo, m) {
       "Tensor response_mask, float kl_coef, str estimator, float? reward_clip, bool whiten_rewards, "
       "bool whiten_advantages, float gamma, float lam, Tensor? bootstrap_values=None) "
       "-> (Tensor rewards, Tensor kl, Tensor advantages, Tensor returns)");
+
+  // logprobs
+  m.def(
+      "logprobs(Tensor logits, Tensor ids, float temperature) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor max, Tensor log_sum)");
+  m.def(
+      "logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor ids, Tensor entropy, "
+      "Tensor max, Tensor log_sum, float temperature) -> Tensor");
+
+  // linear_logprobs
+  m.def(
+      "linear_logprobs(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float temperature, float? softcap, "
+      "float logit_scale) -> (Tensor logprobs, Tensor entropy, Tensor max, Tensor log_sum)");
+  m.def(
+      "linear_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
+      "Tensor ids, Tensor? bias, Tensor entropy, Tensor max, Tensor log_sum, float temperature, float? softcap, "
+      "float logit_scale, bool needs_hidden, bool needs_weight, bool needs_bias) "
+      "-> (Tensor hidden, Tensor weight, Tensor bias)");
+
+  // distribution_kl
+  m.def(
+      "distribution_kl(Tensor logits, Tensor ref_logits, float temperature) -> (Tensor kl, Tensor stats)");
+  m.def(
+      "distribution_kl_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl, Tensor stats, "
+      "float temperature, bool needs_logits, bool needs_ref_logits) -> (Tensor logits, Tensor ref_logits)");
+
+  // sample
+  m.def(
+      "sample(Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, Tensor counters) "
+      "-> (Tensor token_ids, Tensor logprobs, Tensor sampling_logprobs, Tensor entropy)");
 }
 
 namespace {

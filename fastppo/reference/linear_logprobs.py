@@ -19,7 +19,7 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `ids` and entropies under the head `hidden @ weight.T + bias`.
 
-    logits = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap), then / temperature.
+    logits = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap).
     """
     logits = hidden @ weight.T
     if bias is not None:

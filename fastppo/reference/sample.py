@@ -61,7 +61,7 @@ def sample(
 
 
 def keep_mask(logits: Tensor, weights: Tensor, *, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """True where a token survives top_k, then top_p, then min_p. `weights` = exp of the scaled logits, best = 1."""
+    """True where a token survives top_k, then top_p, then min_p. The best weight is 1."""
     order = logits.sort(dim=-1, descending=True, stable=True).indices  # stable: ties rank by lowest id
     ranked = weights.double().gather(-1, order)
     vocabulary = logits.shape[-1]

@@ -1,0 +1,130 @@
+/*
+Logits as rows of any leading shape and strides, and the way rows are cut into tasks. For the registration units.
+*/
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/tensor.h"
+
+namespace fastppo {
+
+// Elements of a row per task: 16 KB of float32, so that a second pass over a tile comes from the L1 cache, and one
+// row of a large vocabulary is enough work for every core. Borders depend on V alone, never on the thread count.
+constexpr int64_t kTile = 4096;
+constexpr int64_t kTilesPerThread = 8; // below this many, waking another thread costs more than it saves
+
+inline int64_t tiles_of(int64_t vocabulary) { return (vocabulary + kTile - 1) / kTile; }
+
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+struct LogitRows {
+  Tensor logits;
+  char* data;
+  DType dtype;
+  int64_t rows = 1;
+  int64_t vocabulary;
+
+  explicit LogitRows(const Tensor& x)
+      : logits(x),
+        data(static_cast<char*>(x.data_ptr())),
+        dtype(dtype_of(x)),
+        vocabulary(x.size(x.dim() - 1)),
+        sizes_(x.sizes()),
+        strides_(x.strides()) {
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+      rows *= sizes_[i];
+    }
+  }
+
+  // Where element `column` of row `row` lies, rows counted in the order of the leading dimensions.
+  char* at(int64_t row, int64_t column) const {
+    int64_t offset = column;
+    for (size_t i = sizes_.size() - 1; i-- > 0; row /= sizes_[i]) {
+      offset += row % sizes_[i] * strides_[i];
+    }
+    return data + offset * bytes_of(dtype);
+  }
+
+  double value(int64_t row, int64_t column) const {
+    const void* x = at(row, column);
+    switch (dtype) {
+      case DType::kBFloat16:
+        return static_cast<float>(*static_cast<const torch::headeronly::BFloat16*>(x));
+      case DType::kFloat16:
+        return static_cast<float>(*static_cast<const torch::headeronly::Half*>(x));
+      default:
+        return *static_cast<const float*>(x);
+    }
+  }
+
+  void set_value(int64_t row, int64_t column, double value) const {
+    void* x = at(row, column);
+    switch (dtype) {
+      case DType::kBFloat16:
+        *static_cast<torch::headeronly::BFloat16*>(x) = static_cast<float>(value);
+        break;
+      case DType::kFloat16:
+        *static_cast<torch::headeronly::Half*>(x) = static_cast<float>(value);
+        break;
+      case DType::kFloat32:
+        *static_cast<float*>(x) = static_cast<float>(value);
+        break;
+    }
+  }
+
+ private:
+  Sizes sizes_, strides_;
+};
+
+// One float per row, in the order of the rows; 0 where the tensor was not given.
+struct RowValues {
+  explicit RowValues(const OptionalTensor& x) {
+    if (x) {
+      held_ = torch::stable::contiguous(*x);
+      data_ = static_cast<const float*>(held_->const_data_ptr());
+    }
+  }
+
+  double operator[](int64_t row) const { return data_ == nullptr ? 0.0 : data_[row]; }
+
+ private:
+  OptionalTensor held_;
+  const float* data_ = nullptr;
+};
+
+// body(row, tile, first column, columns) for every tile of every row, in parallel.
+template <class Body>
+void for_each_tile(int64_t rows, int64_t vocabulary, const Body& body) {
+  const int64_t tiles = tiles_of(vocabulary);
+  torch::stable::parallel_for(0, rows * tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / tiles, tile = task % tiles, column = tile * kTile;
+      body(row, tile, column, std::min(kTile, vocabulary - column));
+    }
+  });
+}
+
+// body(row) for every row, in parallel: what is left to do after its tiles.
+template <class Body>
+void for_each_row(int64_t rows, int64_t tiles, const Body& body) {
+  constexpr int64_t kTilesMergedPerThread = 2048;
+  torch::stable::parallel_for(0, rows, kTilesMergedPerThread / tiles + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      body(row);
+    }
+  });
+}
+
+// A gradient like x, or, where nobody asked for it, an empty tensor.
+inline Tensor empty_if(bool needed, const Tensor& x) {
+  const int64_t none[] = {0};
+  return torch::stable::new_empty(x, needed ? x.sizes() : Sizes(none, 1));
+}
+
+inline Tensor contiguous_ids(const Tensor& ids) { return ids.is_contiguous() ? ids : torch::stable::contiguous(ids); }
+
+inline const int64_t* id_data(const Tensor& ids) { return static_cast<const int64_t*>(ids.const_data_ptr()); }
+
+} // namespace fastppo
