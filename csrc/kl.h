@@ -8,6 +8,8 @@ k3 is written with expm1, which keeps the leading digits that exp(-d) - 1 loses 
 */
 #pragma once
 
+#include <type_traits>
+
 #include "numeric.h"
 
 namespace fastppo {

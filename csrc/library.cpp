@@ -33,6 +33,24 @@ STABLE_TORCH_LIBRARY(fastppo, m) {
       "bool whiten_advantages, float gamma, float lam, Tensor? bootstrap_values=None) "
       "-> (Tensor rewards, Tensor kl, Tensor advantages, Tensor returns)");
 
+  // kl
+  m.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor");
+  m.def("kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor");
+
+  // ppo_loss
+  m.def(
+      "ppo_loss(Tensor new_logprobs, Tensor logprobs, Tensor advantages, Tensor response_mask, Tensor? new_values, "
+      "Tensor? values, Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? normalizer, float clip_range, "
+      "float clip_range_high, float? dual_clip, float value_clip_range, float vf_coef, float entropy_coef, "
+      "float kl_coef, str kl_estimator) "
+      "-> (Tensor loss, Tensor stats, Tensor grad_new_logprobs, Tensor grad_new_values, Tensor grad_entropy)");
+
+  // adamw
+  m.def(
+      "adamw_step_(Tensor(a!) param, Tensor(b!) residual, Tensor grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale=1.0, "
+      "Tensor? grad_scale_tensor=None) -> ()");
+
   // logprobs
   m.def(
       "logprobs(Tensor logits, Tensor ids, float temperature) "
@@ -52,8 +70,7 @@ STABLE_TORCH_LIBRARY(fastppo, m) {
       "-> (Tensor hidden, Tensor weight, Tensor bias)");
 
   // distribution_kl
-  m.def(
-      "distribution_kl(Tensor logits, Tensor ref_logits, float temperature) -> (Tensor kl, Tensor stats)");
+  m.def("distribution_kl(Tensor logits, Tensor ref_logits, float temperature) -> (Tensor kl, Tensor stats)");
   m.def(
       "distribution_kl_backward(Tensor grad_kl, Tensor logits, Tensor ref_logits, Tensor kl, Tensor stats, "
       "float temperature, bool needs_logits, bool needs_ref_logits) -> (Tensor logits, Tensor ref_logits)");

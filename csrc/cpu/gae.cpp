@@ -12,26 +12,6 @@ thread. Reruns and other thread counts match bit for bit.
 namespace fastppo {
 namespace {
 
-constexpr int64_t kGrain = 4096; // tokens a thread should have before a second one is worth waking
-
-// Runs f(row, first column, columns, block index) for every block.
-template <class Function>
-void for_each_block(Shape2d shape, const Function& f) {
-  const int64_t per_row = blocks_of(shape.columns);
-  torch::stable::parallel_for(0, shape.rows * per_row, kGrain / kBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block % per_row * kBlock;
-      f(block / per_row, first, std::min(kBlock, shape.columns - first), block);
-    }
-  });
-}
-
-template <class Function>
-void for_rows(Shape2d shape, const Function& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.columns));
-  torch::stable::parallel_for(0, shape.rows, grain, f);
-}
-
 Moments moments(const Rows& x, const MaskRows& mask, Shape2d shape) {
   std::vector<Moments> parts(shape.rows * blocks_of(shape.columns));
   auto* of_block = FASTPPO_PICK(moments_of_block);

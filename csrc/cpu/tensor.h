@@ -9,7 +9,7 @@ From torch::stable::Tensor to the plain views of cpu/rows.h, for the registratio
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
+#include <algorithm>
 #include <vector>
 
 namespace fastppo {
@@ -89,5 +89,32 @@ inline Tensor empty_float(const Tensor& like) { return empty_float(like, like.si
 inline float* float_data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+
+// The number in a 0-d tensor of any dtype.
+inline double number_in(const Tensor& x) {
+  const Tensor wide = torch::stable::to(x, std::make_optional(ScalarType::Double));
+  return *static_cast<const double*>(wide.const_data_ptr());
+}
+
+constexpr int64_t kGrain = 4096; // tokens a thread should have before a second one is worth waking
+
+// Runs f(row, first column, columns, index of the block) for every block, on as many threads as pay off.
+template <class Function>
+void for_each_block(Shape2d shape, const Function& f) {
+  const int64_t per_row = blocks_of(shape.columns);
+  torch::stable::parallel_for(0, shape.rows * per_row, kGrain / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block % per_row * kBlock;
+      f(block / per_row, first, std::min(kBlock, shape.columns - first), block);
+    }
+  });
+}
+
+// Runs f(first row, last row + 1), for ops whose rows cannot be cut.
+template <class Function>
+void for_rows(Shape2d shape, const Function& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.columns));
+  torch::stable::parallel_for(0, shape.rows, grain, f);
+}
 
 } // namespace fastppo

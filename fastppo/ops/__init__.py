@@ -5,21 +5,31 @@ on every run and thread count, have fakes for ``torch.compile(fullgraph=True)``,
 into a sum.
 """
 
+from .adamw import adamw_step_, join_master, split_master
 from .distribution_kl import distribution_kl
 from .gae import RewardsAndAdvantages, gae, rewards_and_advantages, scale_to_unit_std, whiten
+from .kl import KL_ESTIMATORS, kl_penalty
 from .linear_logprobs import linear_logprobs
 from .logprobs import logprobs
+from .ppo_loss import PPOStats, ppo_loss
 from .sample import Sample, sample
 
 __all__ = [
+    "KL_ESTIMATORS",
+    "PPOStats",
     "RewardsAndAdvantages",
     "Sample",
+    "adamw_step_",
     "distribution_kl",
     "gae",
+    "join_master",
+    "kl_penalty",
     "linear_logprobs",
     "logprobs",
+    "ppo_loss",
     "rewards_and_advantages",
     "sample",
     "scale_to_unit_std",
+    "split_master",
     "whiten",
 ]

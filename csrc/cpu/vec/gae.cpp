@@ -35,7 +35,7 @@ void gae_rows(const GaeArgs& args, int64_t begin, int64_t end) {
 void reward_rows(const RewardArgs& args, int64_t begin, int64_t end) {
   Block mask, logprobs, ref_logprobs;
   with_estimator(args.estimator, [&](auto estimator) {
-    const Vec minus_coef(-args.kl_coef), zero(0.0f);
+    const Vec minus_coef(-args.kl_coef);
     for (int64_t row = begin; row < end; ++row) {
       float* rewards = args.rewards + row * args.columns;
       float* kl = args.kl + row * args.columns;
@@ -47,8 +47,8 @@ void reward_rows(const RewardArgs& args, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < n; i += kLanes) {
           // Masked places hold 0 in both inputs, and every estimator is 0 at d = 0.
           const Vec token_kl = kl_estimate<decltype(estimator)::value>(logprobs.get(i) - ref_logprobs.get(i));
-          token_kl.store(kl + first + i, std::min<int64_t>(kLanes, n - i));
-          (minus_coef * token_kl).store(rewards + first + i, std::min<int64_t>(kLanes, n - i));
+          token_kl.store(kl + first + i, lanes_left(n, i));
+          (minus_coef * token_kl).store(rewards + first + i, lanes_left(n, i));
         }
       }
       int64_t last = args.columns - 1;
@@ -91,7 +91,7 @@ void standardize_block(
   const Vec shift(by.shift), scale(by.scale), offset(by.offset), zero(0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec y = select(mask.get(i) > zero, (values.get(i) - shift) * scale + offset, zero);
-    y.store(out + i, std::min<int64_t>(kLanes, n - i));
+    y.store(out + i, lanes_left(n, i));
   }
 }
 

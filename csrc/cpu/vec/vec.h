@@ -46,6 +46,9 @@ struct alignas(64) Block {
   void set(int64_t i, const Vec& x) { x.store(data + i); }
 };
 
+// How many of the lanes from i on are inside n.
+inline int64_t lanes_left(int64_t n, int64_t i) { return std::min<int64_t>(kLanes, n - i); }
+
 inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 template <class T>
