@@ -1,0 +1,190 @@
+"""Update: ratio 1 at the first step, a gradient that no split changes, and stops where it must."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+
+from fastppo.advantages import rewards_and_advantages
+from fastppo.batch import Rollout, micro_batches
+from fastppo.models import ActorCritic
+from fastppo.rollout import Sampling, rollout
+from fastppo.score import token_scores
+from fastppo.update import update
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [20, 21], [22, 23], [24], [25, 26, 27], [28, 29]]
+TEMPERATURE = 1.3
+
+
+def experience(model: ActorCritic, prompts: list[list[int]] = PROMPTS, first: int = 0) -> tuple[Rollout, dict[str, Any]]:
+    """A rollout of mixed lengths with random scores, and what `update` needs of it."""
+    sampling = Sampling(max_new_tokens=6, temperature=TEMPERATURE, stop_token_ids=tuple(range(40)))
+    episodes = rollout(model.policy, prompts, sampling, pad_token_id=0, seed=1, first_episode=first)
+    with torch.no_grad():
+        logprobs, values = token_scores(
+            lambda b: (lambda e: (e.logprobs, e.values))(model(b, TEMPERATURE)),
+            micro_batches(episodes, range(len(episodes)), pad_token_id=0),
+            episodes,
+        )
+    scores = torch.tensor([float(sum(c) % 5) for c in episodes.completions()])
+    result = rewards_and_advantages(
+        scores, logprobs, logprobs, values, episodes.response_mask, kl_coef=0.0, estimator="k1", reward_clip=None,
+        whiten_rewards=False, whiten_advantages=True, gamma=1.0, lam=0.95,
+    )  # fmt: skip
+    return episodes, {
+        "logprobs": logprobs,
+        "values": values,
+        "advantages": result.advantages,
+        "returns": result.returns,
+    }
+
+
+def run(model: ActorCritic, episodes: Rollout, data: dict[str, Any], lr: float = 1e-3, **settings: Any) -> dict[str, float]:
+    accelerator = settings.pop("accelerator", None) or Accelerator(cpu=True)
+    optimizer = settings.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr)
+    return update(
+        settings.pop("wrapped", model),
+        optimizer,
+        episodes,
+        **data,
+        **{
+            "temperature": TEMPERATURE,
+            "epochs": 1,
+            "mini_batches": 1,
+            "micro_batch_rows": None,
+            "micro_batch_tokens": None,
+            "clip_range": 0.2,
+            "value_clip_range": 0.2,
+            "vf_coef": 0.1,
+            "max_grad_norm": None,
+            "target_kl": None,
+            "pad_token_id": 0,
+            "seed": 0,
+            "accelerator": accelerator,
+            **settings,
+        },
+    )
+
+
+def fresh(separate: bool = False) -> ActorCritic:
+    return ActorCritic(tiny.policy(), tiny.classifier() if separate else None)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_ratio_is_one_before_the_first_step(separate: bool) -> None:
+    model = fresh(separate)
+    means = run(model, *experience(model))
+    assert means["ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert means["ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert means["approx_kl"] == pytest.approx(0.0, abs=1e-10)
+    assert means["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_no_cut_into_micro_batches_changes_the_step(separate: bool) -> None:
+    results = []
+    for cut in ({}, {"micro_batch_rows": 1}, {"micro_batch_rows": 3}, {"micro_batch_tokens": 16}):
+        model = fresh(separate)
+        run(model, *experience(model), lr=0.1, **cut)
+        results.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    for other in results[1:]:
+        for name, p in other.items():
+            torch.testing.assert_close(p, results[0][name], atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_the_step_raises_what_was_good() -> None:
+    model = fresh()
+    episodes, data = experience(model)
+    run(model, episodes, data, lr=0.5)
+    with torch.no_grad():
+        (after,) = token_scores(
+            lambda b: (model(b, TEMPERATURE).logprobs,), micro_batches(episodes, range(8), pad_token_id=0), episodes
+        )
+    mask = episodes.response_mask
+    gain = (after - data["logprobs"])[mask]
+    assert torch.corrcoef(torch.stack([gain, data["advantages"][mask]]))[0, 1] > 0.3
+
+
+def test_target_kl_stops_before_the_step_is_taken() -> None:
+    model = fresh()
+    episodes, data = experience(model)
+    means = run(model, episodes, data, lr=5.0, epochs=4, target_kl=1e-3)
+    assert means["stopped_early"] == 1.0
+    assert means["steps"] == 1.0
+    untouched = fresh()
+    run(untouched, episodes, data, lr=5.0, epochs=1)
+    for a, b in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_is_clipped_to_max_grad_norm() -> None:
+    model = fresh()
+    episodes, data = experience(model)
+    before = copy.deepcopy(model)
+    means = run(model, episodes, data, lr=1.0, max_grad_norm=0.01)
+    assert means["grad_norm"] > 0.01
+    moved = sum((a - b).square().sum() for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert moved.sqrt().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_gradient_of_nan_is_an_error_and_no_step() -> None:
+    model = fresh()
+    episodes, data = experience(model)
+    before = copy.deepcopy(model)
+    data["advantages"][0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the gradient norm is nan, so this step was not taken"):
+        run(model, episodes, data)
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_poison_in_padding_changes_nothing() -> None:
+    clean, poisoned = fresh(), fresh()
+    episodes, data = experience(clean)
+    run(clean, episodes, data)
+    padding = ~episodes.response_mask
+    assert padding.any()
+    for value, x in zip((torch.nan, torch.inf, -torch.inf, 100.0), data.values(), strict=True):
+        x[padding] = value
+    run(poisoned, episodes, data)
+    for a, b in zip(clean.parameters(), poisoned.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two ranks: half the episodes each, whitening and normalisation over both."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = os.environ["FASTPPO_TEST_PORT"]
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    model = fresh()
+    episodes, data = experience(model, PROMPTS[rank * 4 : rank * 4 + 4], first=rank * 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped = accelerator.prepare(model)
+    assert type(wrapped).__name__ == "DistributedDataParallel"
+    means = run(model, episodes, data, wrapped=wrapped, optimizer=optimizer, accelerator=accelerator, micro_batch_rows=3)
+    torch.save({"model": model.state_dict(), "means": means}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_take_the_step_of_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("FASTPPO_TEST_PORT", str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
+    alone = fresh()
+    means = run(alone, *experience(alone), lr=0.1)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        for name, p in alone.state_dict().items():
+            torch.testing.assert_close(got["model"][name], p, atol=2e-6, rtol=1e-4, msg=name)
+        for name in ("policy_loss", "value_loss", "entropy", "ratio", "grad_norm"):
+            assert got["means"][name] == pytest.approx(means[name], rel=1e-4, abs=1e-6), name
