@@ -77,3 +77,10 @@ def _backward(ctx: Any, grad_kl: Tensor | None, _: Any) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("fastppo::distribution_kl", _backward, setup_context=_setup_context)
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("distribution_kl is differentiable once: its gradient has no gradient of its own")
+
+
+torch.library.register_autograd("fastppo::distribution_kl_backward", _refuse)

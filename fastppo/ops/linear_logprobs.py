@@ -111,3 +111,10 @@ def _backward(
 
 
 torch.library.register_autograd("fastppo::linear_logprobs", _backward, setup_context=_setup_context)
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("linear_logprobs is differentiable once: its gradient has no gradient of its own")
+
+
+torch.library.register_autograd("fastppo::linear_logprobs_backward", _refuse)

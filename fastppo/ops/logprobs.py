@@ -71,3 +71,10 @@ def _backward(
 
 
 torch.library.register_autograd("fastppo::logprobs", _backward, setup_context=_setup_context)
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("logprobs is differentiable once: its gradient has no gradient of its own")
+
+
+torch.library.register_autograd("fastppo::logprobs_backward", _refuse)

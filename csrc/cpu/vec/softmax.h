@@ -94,13 +94,7 @@ void map_steps(const In* x, Out* out, int64_t n, const Body& body) {
 inline Vec running_max(const Vec& maximum, const Vec& x) { return at::vec::clamp_min(maximum, x); }
 
 inline float max_lane(const Vec& v) {
-  float lanes[kLanes];
-  v.store(lanes);
-  float maximum = lanes[0];
-  for (int64_t i = 1; i < kLanes; ++i) {
-    maximum = lanes[i] > maximum ? lanes[i] : maximum;
-  }
-  return maximum;
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return running_max(a, b); }, v);
 }
 
 template <class T>
