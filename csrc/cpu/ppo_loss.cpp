@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
     for (int stat = 0; stat < kRatioMax; ++stat) {
       total.of[stat] += part.of[stat];
     }
-    // Written so that a NaN stays.
-    total.of[kRatioMax] = part.of[kRatioMax] <= total.of[kRatioMax] ? total.of[kRatioMax] : part.of[kRatioMax];
+    double& largest = total.of[kRatioMax]; // NaN from either side stays
+    largest = largest >= part.of[kRatioMax] || largest != largest ? largest : part.of[kRatioMax];
   }
   const Tensor loss = empty_float(new_logprobs, {}), stats = empty_float(new_logprobs, {kPpoStats});
   for (int stat = 0; stat < kPpoStats; ++stat) {

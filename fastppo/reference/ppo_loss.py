@@ -53,11 +53,10 @@ def ppo_loss(
     mask = response_mask
     # Masked places are emptied before any arithmetic: a NaN that never enters has no gradient either.
     new_logprobs, logprobs, advantages = (_select(x, mask) for x in (new_logprobs, logprobs, advantages))
-    if normalizer is None:
-        normalizer = mask.sum().clamp(min=1)
+    divisor = mask.sum().clamp(min=1) if normalizer is None else normalizer
 
     def mean(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0.0).sum() / normalizer
+        return torch.where(mask, x, 0.0).sum() / divisor
 
     log_ratio = new_logprobs - logprobs
     ratio = log_ratio.exp()
@@ -75,7 +74,9 @@ def ppo_loss(
     if new_values is not None:
         assert values is not None and returns is not None
         new_values, values, returns = (_select(x, mask) for x in (new_values, values, returns))
-        clipped_values = torch.clamp(new_values, values - value_clip_range, values + value_clip_range)
+        # Not torch.clamp: with tensors as bounds it halves the gradient of a value that lies on one.
+        low, high = values - value_clip_range, values + value_clip_range
+        clipped_values = torch.where(new_values < low, low, torch.where(new_values > high, high, new_values))
         error, clipped_error = (new_values - returns) ** 2, (clipped_values - returns) ** 2
         value_loss = 0.5 * mean(torch.maximum(error, clipped_error))
         value_clip_fraction = mean((clipped_error > error).to(error.dtype))
