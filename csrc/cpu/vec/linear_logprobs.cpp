@@ -42,11 +42,11 @@ void head_logits(const Head& head, const void* x, DType dtype, const float* bias
 void head_grad(const Head& head, const float* logits, const float* dlogits, int64_t n, void* grad, DType dtype) {
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const float inv_cap = head.softcap == 0.0f ? 0.0f : 1.0f / head.softcap;
-    const Vec scale(head.logit_scale), by_cap(inv_cap), one(1.0f);
+    const bool capped = head.softcap != 0.0f;
+    const Vec scale(head.logit_scale), by_cap(1.0f / head.softcap), one(1.0f);
+    // Without a cap the logits are not looked at: they may be -inf.
     const auto lanes = [&](const Vec& x, const Vec& d) {
-      const Vec capped = x * by_cap;
-      return scale * d * (one - capped * capped);
+      return capped ? scale * d * (one - (x * by_cap) * (x * by_cap)) : scale * d;
     };
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
@@ -54,8 +54,8 @@ void head_grad(const Head& head, const float* logits, const float* dlogits, int6
       store_step(Step{lanes(x.low, d.low), lanes(x.high, d.high)}, static_cast<T*>(grad) + i);
     }
     for (; i < n; ++i) {
-      const float capped = logits[i] * inv_cap;
-      static_cast<T*>(grad)[i] = static_cast<T>(head.logit_scale * dlogits[i] * (1.0f - capped * capped));
+      const float x = logits[i] / head.softcap;
+      static_cast<T*>(grad)[i] = static_cast<T>(head.logit_scale * dlogits[i] * (capped ? 1.0f - x * x : 1.0f));
     }
   });
 }
