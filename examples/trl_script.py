@@ -44,7 +44,9 @@ def main() -> None:
     dataset = load_dataset("text", data_files=script.prompts, split="train")
     with PartialState().local_main_process_first():
         dataset = dataset.map(
-            lambda rows: {"input_ids": tokenizer(rows["text"])["input_ids"]}, batched=True, remove_columns=["text"]
+            lambda rows: {"input_ids": tokenizer(rows["text"])["input_ids"]},
+            batched=True,
+            remove_columns=["text"],
         )
     train_dataset = dataset.select(range(len(dataset) - script.held_out))
     eval_dataset = dataset.select(range(len(dataset) - script.held_out, len(dataset)))

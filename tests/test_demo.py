@@ -53,7 +53,9 @@ def test_split_does_not_depend_on_order_and_smaller_is_inside_larger():
 
 @pytest.mark.parametrize("held_out", [0, -1, 3, 100])
 def test_split_refuses_an_impossible_size(held_out):
-    with pytest.raises(ValueError, match=rf"held_out must lie in 1\.\.2 \(distinct openings\), got {held_out}"):
+    with pytest.raises(
+        ValueError, match=rf"held_out must lie in 1\.\.2 \(distinct openings\), got {held_out}"
+    ):
         openings.split(["one two three four", "five six seven eight", "nine ten eleven twelve"], held_out)
 
 
@@ -71,7 +73,9 @@ def test_reward_takes_text_and_chat_completions_alike():
 
 def measured(rewards: list[float], replies: list[str] | None = None, kl: float = 0.0) -> warmth.Measured:
     n = len(rewards)
-    return warmth.Measured(replies or ["a b c"] * n, rewards, [kl] * n, [10 + i for i in range(n)], [True] * n)
+    return warmth.Measured(
+        replies or ["a b c"] * n, rewards, [kl] * n, [10 + i for i in range(n)], [True] * n
+    )
 
 
 def test_figures_by_hand():
@@ -174,7 +178,9 @@ def test_a_missing_package_names_the_command_that_installs_it():
         need("module_that_is_not_there", "some-package")
 
 
-@pytest.mark.parametrize("arguments", [["--updates", "0"], ["--held-out", "-3"], ["--updates", "many"], ["--minutes", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--updates", "0"], ["--held-out", "-3"], ["--updates", "many"], ["--minutes", "0"]]
+)
 def test_bad_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)

@@ -17,7 +17,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "trl_script.py"
 
 def test_only_the_import_names_us():
     tree = ast.parse(SCRIPT.read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "fastppo"]
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "fastppo"
+    ]
     assert [[name.name for name in node.names] for node in imports] == [["PPOConfig", "PPOTrainer"]]
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert "fastppo" not in names
@@ -37,8 +39,24 @@ def test_trl_script_trains_saves_and_shows_completions(tmp_path):
         [
             *(sys.executable, str(SCRIPT), "--prompts", str(prompts), "--output_dir", out),
             *("--sft_model_path", model, "--reward_model_path", classifier, "--learning_rate", "1e-3"),
-            *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--num_mini_batches", "2"),
-            *("--total_episodes", "16", "--response_length", "6", "--stop_token", "eos", "--missing_eos_penalty", "1.0"),
+            *(
+                "--per_device_train_batch_size",
+                "2",
+                "--gradient_accumulation_steps",
+                "4",
+                "--num_mini_batches",
+                "2",
+            ),
+            *(
+                "--total_episodes",
+                "16",
+                "--response_length",
+                "6",
+                "--stop_token",
+                "eos",
+                "--missing_eos_penalty",
+                "1.0",
+            ),
             *("--kl_coef", "0.05", "--num_ppo_epochs", "2", "--report_to", "none", "--bf16", "False"),
         ],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -47,7 +65,7 @@ def test_trl_script_trains_saves_and_shows_completions(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "objective/rlhf_reward" in done.stdout + done.stderr
+    assert "Completions after 2 updates" in done.stdout
 
     trained = AutoModelForCausalLM.from_pretrained(out)
     moved = max((a - b).abs().max() for a, b in zip(trained.parameters(), policy.parameters(), strict=True))
