@@ -63,8 +63,8 @@ def read_bandwidth() -> float:
 
 def table(benchmarks: list[dict[str, Any]], bandwidth: float) -> str:
     """One line per op, size and dtype: milliseconds of each variant, ratios, share of the floor."""
-    rows: dict[tuple[str, ...], dict[str, float]] = {}
-    reads: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    reads: dict[tuple[str, str, str], int] = {}
     for one in benchmarks:
         info = one["extra_info"]
         key = (info["op"], info["size"], info["dtype"])

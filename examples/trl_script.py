@@ -1,9 +1,9 @@
 """A PPO script as TRL 0.13 to 1.12 has it: reward and value models, a tokenised dataset, stop at EOS.
 
-The import of PPOConfig and PPOTrainer is the only line that differs. Prompts come from a text file, one a line:
+The import of PPOConfig and PPOTrainer is the only line that differs. Prompts: a text file, one a line.
 
-    python examples/trl_script.py --prompts prompts.txt --sft_model_path MODEL --reward_model_path CLASSIFIER \\
-        --output_dir runs/trl_script --response_length 53 --missing_eos_penalty 1.0 --stop_token eos
+    python examples/trl_script.py --prompts prompts.txt --sft_model_path MODEL --reward_model_path CLASSIFIER
+        --output_dir runs/trl_script --response_length 53 --stop_token eos --missing_eos_penalty 1.0
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class ScriptArguments:
 
 
 def main() -> None:
-    script, config = HfArgumentParser((ScriptArguments, PPOConfig)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((ScriptArguments, PPOConfig))  # type: ignore[arg-type]
+    script, config = parser.parse_args_into_dataclasses()
 
     tokenizer = AutoTokenizer.from_pretrained(config.sft_model_path, padding_side="left")
     if tokenizer.pad_token is None:

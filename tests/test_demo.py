@@ -174,7 +174,7 @@ def test_terminal_summary_shows_markup_as_text(run, capsys):
 
 
 def test_a_missing_package_names_the_command_that_installs_it():
-    with pytest.raises(SystemExit, match="needs the package some-package.*make setup"):
+    with pytest.raises(SystemExit, match=r"needs the package some-package.*make setup"):
         need("module_that_is_not_there", "some-package")
 
 
