@@ -75,8 +75,9 @@ def ppo_loss(
         assert values is not None and returns is not None
         new_values, values, returns = (_select(x, mask) for x in (new_values, values, returns))
         # Not torch.clamp: with tensors as bounds it halves the gradient of a value that lies on one.
-        low, high = values - value_clip_range, values + value_clip_range
-        clipped_values = torch.where(new_values < low, low, torch.where(new_values > high, high, new_values))
+        lowest, highest = values - value_clip_range, values + value_clip_range
+        clipped_values = torch.where(new_values < lowest, lowest, new_values)
+        clipped_values = torch.where(new_values > highest, highest, clipped_values)
         error, clipped_error = (new_values - returns) ** 2, (clipped_values - returns) ** 2
         value_loss = 0.5 * mean(torch.maximum(error, clipped_error))
         value_clip_fraction = mean((clipped_error > error).to(error.dtype))

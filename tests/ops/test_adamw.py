@@ -114,7 +114,7 @@ def test_50_steps_with_a_bfloat16_moment_stay_near_torchs_adamw():
     expected, _ = torch_adamw(master, grads)
     distance = (ops.join_master(*state[:2]) - expected).abs()
     # Each store rounds the moment by at most 2^-9 of itself, a rounding then decays by 0.9 a step, and a step
-    # moves the weight by lr * moment / 1. If all 50 errors had one sign, and moments were 1 (they are near 0.24):
+    # moves the weight by lr * moment. If all 50 errors had one sign, and moments were 1 (they are near 0.24):
     # 50 * 0.01 * 2^-9 * 10 (the sum of 0.9^k) = 0.01. They do not, and mostly stay near sqrt(50) of one.
     assert distance.max() < 0.01 and distance.mean() < 5e-4
     moved = (expected - master).abs().mean()
