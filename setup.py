@@ -6,6 +6,7 @@ build prints its choice. Other variables: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_J
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -110,6 +111,19 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def build_tool(name: str) -> str:
+    """Return the program of this environment's package, which need not be on PATH, else the one on PATH.
+
+    A system's own CMake may come first on PATH and be too old.
+    """
+    package = importlib.util.find_spec(name)
+    for folder in (package.submodule_search_locations or []) if package else []:
+        for program in (Path(folder, "data", "bin", name), Path(sysconfig.get_path("scripts"), name)):
+            if program.is_file():
+                return str(program)
+    return shutil.which(name) or name
+
+
 def cmake_arguments(cuda: CudaChoice) -> list[str]:
     """Return what CMake must be told because only Python knows it."""
     import pybind11
@@ -147,8 +161,9 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         jobs = build_jobs(os.environ, usable_cpus(), available_gib())
-        cmake = shutil.which("cmake") or "cmake"
-        self._run([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *cmake_arguments(cuda)])
+        cmake = build_tool("cmake")
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={build_tool('ninja')}"]
+        self._run([cmake, "-S", str(ROOT), "-B", str(folder), *generator, *cmake_arguments(cuda)])
         self._run([cmake, "--build", str(folder), "--parallel", str(jobs)])
         self._run([cmake, "--install", str(folder), "--prefix", str(target)])
 

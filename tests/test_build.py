@@ -138,3 +138,12 @@ print(time.perf_counter() - start, [m for m in set(sys.modules) - before if not 
     seconds, new = got.stdout.split(maxsplit=1)
     print(f"import fastppo: {float(seconds):.3f} s")
     assert new.strip() == "[]"
+
+
+def test_the_environments_own_cmake_comes_before_path(setup_py, monkeypatch):
+    pytest.importorskip("cmake")
+    monkeypatch.setenv("PATH", "/nowhere")
+    program = setup_py.build_tool("cmake")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    assert int(re.search(r"version (\d+)", version).group(1)) >= 4
+    assert setup_py.build_tool("no_such_tool") == "no_such_tool"
