@@ -69,7 +69,7 @@ def main() -> None:
     console = Console()
     clock = Clock()
     console.print(
-        "[bold]Warmer replies by PPO[/bold]: SmolLM2-135M-Instruct, real opening messages, VADER as reward\n"
+        "[bold]Warmer replies by PPO[/bold]: SmolLM2-135M-Instruct, strangers' openings, VADER as reward\n"
     )
 
     train, held_out = openings.split(openings.read_openings(), options.held_out)

@@ -24,9 +24,8 @@ class LiveProgress(TrainerCallback):
         self.console, self.updates, self.minutes = console, updates, minutes
         self.started = 0.0
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=12),  # all of it fits 80 columns
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[eta]}"),
@@ -58,7 +57,7 @@ class LiveProgress(TrainerCallback):
         numbers = f"reward {logs['objective/scores']:+.2f}  KL {logs['objective/kl']:4.1f}"
         numbers += f"  {logs['tokens_per_second']:.0f} tokens/s"
         left = 0.0 if last else per_update * (self.updates - done)
-        eta = f"{left / 60:.0f} min {left % 60:02.0f} s to go" if left >= 60 else f"{left:.0f} s to go"
+        eta = f"{int(left) // 60}:{int(left) % 60:02d} to go"
         if self.console.is_terminal:
             self.bar.update(self.task, completed=done, numbers=numbers, eta=eta)
         else:
