@@ -8,7 +8,10 @@ took: together they are the master, bit for bit, in 4 bytes, and the model compu
   exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) g^2
   master     <- master (1 - lr weight_decay)
                 - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps)
-In float32 throughout; exp_avg is rounded only where it is stored.
+In float32 throughout. A moment kept in bfloat16 is rounded up or down by chance where it is stored, with the
+probability that makes its mean exact: exp_avg_sq changes by a thousandth of itself per step, less than bfloat16 can
+show, and would stand still if it were rounded to nearest. The chance is a hash of (step, element), so a repeat gives
+the same bits on any number of threads.
 */
 #pragma once
 
@@ -35,8 +38,27 @@ FASTPPO_HD void split_master(float master, uint16_t& param, int16_t& residual) {
   residual = static_cast<int16_t>(master != master ? 0 : bits - (high << 16));
 }
 
+// 32 well-mixed bits of (step, element): the upper half rounds exp_avg_sq, the lower exp_avg.
+FASTPPO_HD uint32_t rounding_bits(uint32_t step, uint32_t element) {
+  uint32_t x = element + step * 0x9e3779b9u;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// bfloat16 bits of x, up with the probability that the 16 bits dropped stand for; noise is uniform in [0, 2^16).
+FASTPPO_HD uint16_t round_by_chance(float x, uint32_t noise) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return static_cast<uint16_t>((bits + (finite ? noise : 0u)) >> 16);
+}
+
 struct AdamwSettings {
   float grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_bias2, eps;
+  uint32_t step;
 };
 
 FASTPPO_HD float adamw_update(float master, float grad, float& exp_avg, float& exp_avg_sq, const AdamwSettings& s) {
@@ -61,11 +83,14 @@ inline void check_adamw_step_(
   check_dtype(op, "param", param, ScalarType::BFloat16);
   check_dtype(op, "residual", residual, ScalarType::Short);
   check_floating(op, "grad", grad);
-  const auto exp_avg_dtype = exp_avg.scalar_type();
-  check(
-      exp_avg_dtype == ScalarType::BFloat16 || exp_avg_dtype == ScalarType::Float, op,
-      "exp_avg must be bfloat16 or float32, got ", dtype_text(exp_avg_dtype));
-  check_dtype(op, "exp_avg_sq", exp_avg_sq, ScalarType::Float);
+  const auto check_moment = [&](const char* name, const Tensor& x) {
+    const auto dtype = x.scalar_type();
+    check(
+        dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, op, name, " must be bfloat16 or float32, got ",
+        dtype_text(dtype));
+  };
+  check_moment("exp_avg", exp_avg);
+  check_moment("exp_avg_sq", exp_avg_sq);
   const auto check_placed = [&](const char* name, const Tensor& x) {
     check_shape(op, name, x, param.sizes(), "param");
     check_device(op, name, x, param, "param");

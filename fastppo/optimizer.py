@@ -16,9 +16,9 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, 2019) for float32 and bfloat16 parameters.
 
     A bfloat16 weight has a float32 master: the weight holds its upper 16 bits and a `residual` the rest, so small
-    updates add up instead of being rounded away, and a weight takes 2 + 2 bytes rather than 2 + 4. Its first moment is
-    kept in bfloat16 (it changes by a tenth of itself per step, far above bfloat16's resolution), its second in float32
-    (it changes by a thousandth, below it). Together 10 bytes a weight and 2 of gradient, where float32 AdamW takes 16.
+    updates add up instead of being rounded away, and a weight takes 2 + 2 bytes rather than 2 + 4. Its moments are
+    kept in bfloat16, rounded by chance so that their means are exact (see `ops.adamw_step_`). Together 8 bytes a
+    weight and 2 of gradient, where float32 AdamW takes 16.
     Float32 parameters get torch's own fused AdamW.
 
     Args:
@@ -60,7 +60,7 @@ class AdamW(torch.optim.Optimizer):
                     state["step"] = 0
                     state["residual"] = torch.zeros_like(p, dtype=torch.int16)
                     state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
                 state["step"] += 1
                 ops.adamw_step_(
                     p,
@@ -107,8 +107,8 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer, but state keeps the dtype it was saved with: torch would cast the residual's and
-        the second moment's precision away."""
+        """As every torch optimizer, but state keeps the dtype it was saved with: torch would cast the residual to
+        bfloat16 and lose the master."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -20,10 +20,12 @@ void adamw_step_cpu_(
       Rows{dense_grad.const_data_ptr(), 0, dtype_of(dense_grad)},
       exp_avg.mutable_data_ptr(),
       dtype_of(exp_avg),
-      float_data(exp_avg_sq),
+      exp_avg_sq.mutable_data_ptr(),
+      dtype_of(exp_avg_sq),
       {static_cast<float>(scale), static_cast<float>(1 - lr * weight_decay), static_cast<float>(1 - beta1),
        static_cast<float>(beta2), static_cast<float>(1 - beta2), static_cast<float>(lr / (1 - std::pow(beta1, step))),
-       static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step))), static_cast<float>(eps)}};
+       static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step))), static_cast<float>(eps),
+       static_cast<uint32_t>(step)}};
   auto* of_block = FASTPPO_PICK(adamw_block);
   for_each_block({1, param.numel()}, [&](int64_t, int64_t first, int64_t n, int64_t) { of_block(args, first, n); });
 }

@@ -38,7 +38,9 @@ def adamw_step_(
         master     *= 1 - lr weight_decay
         master     -= lr / (1 - beta1^step) exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
 
-    as ``torch.optim.AdamW`` does; a bfloat16 ``exp_avg`` is rounded where it is stored, after it was used.
+    as ``torch.optim.AdamW`` does. A moment kept in bfloat16 is rounded where it is stored, up or down by chance
+    so that its mean is exact (stochastic rounding): to nearest, ``exp_avg_sq`` would stand still, since a step
+    changes it by a thousandth of itself. The chance is a hash of (``step``, element): repeats give the same bits.
 
     Args:
         param: any shape, bfloat16, contiguous; written.
@@ -46,7 +48,7 @@ def adamw_step_(
             weights.
         grad: shape of ``param``, float32, bfloat16 or float16.
         exp_avg: shape of ``param``, bfloat16 or float32, contiguous; written. Zeros before the first step.
-        exp_avg_sq: shape of ``param``, float32, contiguous; written. Zeros before the first step.
+        exp_avg_sq: shape of ``param``, bfloat16 or float32, contiguous; written. Zeros before the first step.
         lr: step size, at least 0.
         beta1: decay of the first moment, at least 0 and below 1.
         beta2: decay of the second moment, at least 0 and below 1.

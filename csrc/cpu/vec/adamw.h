@@ -13,7 +13,8 @@ struct AdamwArgs {
   Rows grad; // one row
   void* exp_avg;
   DType exp_avg_dtype; // bfloat16 or float32
-  float* exp_avg_sq;
+  void* exp_avg_sq;
+  DType exp_avg_sq_dtype; // bfloat16 or float32
   AdamwSettings settings;
 };
 
