@@ -199,6 +199,12 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def recompute_activations(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+    """Turn on gradient checkpointing, under the name that this version of transformers has for it."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)
+    (new_name or model.gradient_checkpointing_enable)(options or {"use_reentrant": False})  # type: ignore[operator]
+
+
 def to_bfloat16(model: nn.Module) -> None:
     """Cast a model's parameters to bfloat16, in place.
 

@@ -152,8 +152,7 @@ class PPOTrainer(Trainer):
         if args.gradient_checkpointing:
             for module in (model, value_model):
                 if module is not None:
-                    options = args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-                    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+                    models.recompute_activations(module, args.gradient_checkpointing_kwargs)
         self.actor_critic = actor_critic
         self._create_optimizer_and_scheduler()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
