@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops as ops
     from . import reference as reference
+    from .checkpoint import load_actor_critic as load_actor_critic
     from .config import PPOConfig as PPOConfig
     from .trainer import PPOTrainer as PPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["PPOConfig", "PPOTrainer", "__version__", "ops", "reference"]
+__all__ = ["PPOConfig", "PPOTrainer", "__version__", "load_actor_critic", "ops", "reference"]
 
 # Everything below is imported on first use: `import fastppo` must not pay for the trainer, which pulls in
 # transformers.Trainer and accelerate (seconds).
 _SUBMODULES = {"ops", "reference"}
-_NAMES = {"PPOConfig": "config", "PPOTrainer": "trainer"}
+_NAMES = {"PPOConfig": "config", "PPOTrainer": "trainer", "load_actor_critic": "checkpoint"}
 
 
 def __getattr__(name: str) -> Any:
