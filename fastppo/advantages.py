@@ -29,7 +29,13 @@ def rewards_and_advantages(
     On one process this is the op itself, in one launch. On several, the op runs without whitening and the moments
     are summed over ranks, so that N ranks give what one rank gives on the joined batch.
     """
-    settings = dict(kl_coef=kl_coef, estimator=estimator, reward_clip=reward_clip, gamma=gamma, lam=lam)
+    settings = {
+        "kl_coef": kl_coef,
+        "estimator": estimator,
+        "reward_clip": reward_clip,
+        "gamma": gamma,
+        "lam": lam,
+    }
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return ops.rewards_and_advantages(

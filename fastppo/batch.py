@@ -75,7 +75,9 @@ def groups_by_length(
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups:
             rows, longest = len(groups[-1]) + 1, lengths[groups[-1][0]]
-            if (max_rows is None or rows <= max_rows) and (max_tokens is None or rows * longest <= max_tokens):
+            if (max_rows is None or rows <= max_rows) and (
+                max_tokens is None or rows * longest <= max_tokens
+            ):
                 groups[-1].append(row)
                 continue
         groups.append([row])
@@ -101,11 +103,14 @@ def micro_batches(
         members = [rows[i] for i in group]
         longest = lengths[group[0]]
         input_ids = torch.tensor(
-            [sequences[row] + [pad_token_id] * (longest - len(sequences[row])) for row in members], dtype=torch.int64
+            [sequences[row] + [pad_token_id] * (longest - len(sequences[row])) for row in members],
+            dtype=torch.int64,
         )
         counted = [masks[row].nonzero().squeeze(1) for row in members]
         starts = [len(rollout.prompt_ids[row]) for row in members]
-        predictors = torch.cat([i * longest + start - 1 + t for i, (start, t) in enumerate(zip(starts, counted, strict=True))])
+        predictors = torch.cat(
+            [i * longest + start - 1 + t for i, (start, t) in enumerate(zip(starts, counted, strict=True))]
+        )
         tokens = torch.cat([row * width + t for row, t in zip(members, counted, strict=True)])
         yield MicroBatch(
             input_ids=input_ids.to(device),

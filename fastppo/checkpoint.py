@@ -57,7 +57,10 @@ def save_actor_critic(model: ActorCritic, folder: Path) -> None:
     else:
         assert model.value_head is not None
         (folder / CRITIC).mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.value_head.state_dict().items()}, folder / CRITIC / VALUE_HEAD)
+        save_file(
+            {k: v.contiguous() for k, v in model.value_head.state_dict().items()},
+            folder / CRITIC / VALUE_HEAD,
+        )
 
 
 def load_actor_critic(path: str | os.PathLike[str], **kwargs: Any) -> ActorCritic:
@@ -115,7 +118,9 @@ def _restore(model: nn.Module, folder: Path) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [name for name in missing if name not in tied]
     if missing or unexpected:
-        raise ValueError(f"checkpoint {folder} does not fit the model: missing {missing}, unexpected {unexpected}")
+        raise ValueError(
+            f"checkpoint {folder} does not fit the model: missing {missing}, unexpected {unexpected}"
+        )
     model.tie_weights()  # type: ignore[operator]
 
 

@@ -47,16 +47,26 @@ class PPOConfig(TrainingArguments):
     bf16: bool | None = _setting(None, "bfloat16 weights with a float32 master. Default: True unless fp16.")  # type: ignore[assignment]
 
     # --- TRL's PPOConfig
-    dataset_num_proc: int | None = _setting(None, "Kept for compatibility: prompts are tokenised as they are read.")
+    dataset_num_proc: int | None = _setting(
+        None, "Kept for compatibility: prompts are tokenised as they are read."
+    )
     num_mini_batches: int = _setting(1, "Optimizer steps per epoch over a batch.")
-    total_episodes: int | None = _setting(None, "Episodes to train for. Default: num_train_epochs * len(dataset).")
-    local_rollout_forward_batch_size: int = _setting(64, "Episodes generated or scored in one forward pass, per rank.")
-    num_sample_generations: int = _setting(10, "How often in a run a table of sample completions is made; 0: never.")
+    total_episodes: int | None = _setting(
+        None, "Episodes to train for. Default: num_train_epochs * len(dataset)."
+    )
+    local_rollout_forward_batch_size: int = _setting(
+        64, "Episodes generated or scored in one forward pass, per rank."
+    )
+    num_sample_generations: int = _setting(
+        10, "How often in a run a table of sample completions is made; 0: never."
+    )
     response_length: int = _setting(53, "Most tokens in a response, the stop token included.")
     stop_token: str | None = _setting(None, "'eos' or None; both stop at the tokenizer's and model's EOS.")
     stop_token_id: int | None = _setting(None, "Stop at this token instead of EOS.")
     temperature: float = _setting(0.7, "Divides the logits, in sampling and in every log-prob.")
-    missing_eos_penalty: float | None = _setting(None, "Taken off the score of a response that did not stop by itself.")
+    missing_eos_penalty: float | None = _setting(
+        None, "Taken off the score of a response that did not stop by itself."
+    )
     sft_model_path: str = _setting("EleutherAI/pythia-160m", "Path of the SFT model, for scripts.")
     num_total_batches: int | None = _setting(None, "Computed: updates in the run.")
     micro_batch_size: int | None = _setting(None, "Computed: per_device_train_batch_size * world_size.")
@@ -66,10 +76,16 @@ class PPOConfig(TrainingArguments):
     mini_batch_size: int | None = _setting(None, "Computed: episodes per optimizer step.")
     push_to_hub: bool = _setting(False, "Push the model to the Hub after training.")
     reward_model_path: str = _setting("EleutherAI/pythia-160m", "Path of the reward model, for scripts.")
-    model_adapter_name: str | None = _setting(None, "PEFT adapter that is trained, where a model has several.")
-    ref_adapter_name: str | None = _setting(None, "PEFT adapter that is the reference, where a model has several.")
+    model_adapter_name: str | None = _setting(
+        None, "PEFT adapter that is trained, where a model has several."
+    )
+    ref_adapter_name: str | None = _setting(
+        None, "PEFT adapter that is the reference, where a model has several."
+    )
     num_ppo_epochs: int = _setting(4, "Epochs over each batch of episodes.")
-    whiten_rewards: bool = _setting(False, "Scale per-token rewards to unit standard deviation, keeping their mean.")
+    whiten_rewards: bool = _setting(
+        False, "Scale per-token rewards to unit standard deviation, keeping their mean."
+    )
     kl_coef: float = _setting(0.05, "Weight of the per-token KL penalty in the reward, per nat.")
     kl_estimator: str = _setting("k1", "KL estimator in the reward: k1, abs, k2 or k3.")
     cliprange: float = _setting(0.2, "Clip range of the probability ratio.")
@@ -82,19 +98,30 @@ class PPOConfig(TrainingArguments):
     # --- fastppo (names as in TRL's GRPO where it has them)
     top_k: int = _setting(0, "Sample among the k likeliest tokens; 0: all.")
     top_p: float = _setting(1.0, "Sample among the likeliest tokens that hold this probability; 1: all.")
-    min_p: float | None = _setting(None, "Sample among tokens at least this likely relative to the likeliest.")
+    min_p: float | None = _setting(
+        None, "Sample among tokens at least this likely relative to the likeliest."
+    )
     repetition_penalty: float = _setting(1.0, "Above 1 discourages tokens already in the prompt or response.")
     min_new_tokens: int = _setting(0, "No stop token before this many response tokens.")
     stop_strings: list[str] | None = _setting(None, "Strings that end a response, besides the stop tokens.")
     num_generations: int = _setting(1, "Responses per prompt; must divide the local batch size.")
-    max_prompt_length: int | None = _setting(None, "Keep the last tokens of a longer prompt. Default: raise an error.")
+    max_prompt_length: int | None = _setting(
+        None, "Keep the last tokens of a longer prompt. Default: raise an error."
+    )
     reward_weights: list[float] | None = _setting(None, "Weights of several rewards. Default: 1 each.")
     reward_clip: float | None = _setting(None, "Clip scores to plus or minus this.")
-    reward_timeout: float | None = _setting(None, "Seconds a reward function may take for a batch. Default: no limit.")
-    whiten_advantages: bool = _setting(True, "Advantages to zero mean and unit variance over the batch of all ranks.")
-    target_kl: float | None = _setting(None, "Stop the epochs of an update once approx_kl of a step exceeds this.")
+    reward_timeout: float | None = _setting(
+        None, "Seconds a reward function may take for a batch. Default: no limit."
+    )
+    whiten_advantages: bool = _setting(
+        True, "Advantages to zero mean and unit variance over the batch of all ranks."
+    )
+    target_kl: float | None = _setting(
+        None, "Stop the epochs of an update once approx_kl of a step exceeds this."
+    )
     micro_batch_tokens: int | None = _setting(
-        None, "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes."
+        None,
+        "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes.",
     )
 
     def __post_init__(self) -> None:
@@ -106,7 +133,7 @@ class PPOConfig(TrainingArguments):
         # transformers refuses bf16 without a GPU unless the CPU is asked for by name.
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         # bfloat16 is reached by casting the weights, not by autocast, which would cast them in every forward.
         self.mixed_precision = "no"
         self._check()
@@ -131,7 +158,9 @@ class PPOConfig(TrainingArguments):
         ):
             require(is_count(getattr(self, name)), name, "an integer of at least 1")
         for name in ("total_episodes", "max_prompt_length", "micro_batch_tokens"):
-            require(getattr(self, name) is None or is_count(getattr(self, name)), name, "None or an integer >= 1")
+            require(
+                getattr(self, name) is None or is_count(getattr(self, name)), name, "None or an integer >= 1"
+            )
         for name in ("top_k", "min_new_tokens", "num_sample_generations"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, "an integer of at least 0")
@@ -140,11 +169,17 @@ class PPOConfig(TrainingArguments):
         for name in ("cliprange", "cliprange_value"):
             require(is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
         for name in ("vf_coef", "kl_coef"):
-            require(is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number of at least 0")
+            require(
+                is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number of at least 0"
+            )
         for name in ("gamma", "lam"):
             require(is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, name, "in [0, 1]")
         require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        require(self.min_p is None or (is_number(self.min_p) and 0 <= self.min_p <= 1), "min_p", "None or in [0, 1]")
+        require(
+            self.min_p is None or (is_number(self.min_p) and 0 <= self.min_p <= 1),
+            "min_p",
+            "None or in [0, 1]",
+        )
         for name in ("missing_eos_penalty", "reward_clip", "reward_timeout", "target_kl"):
             value = getattr(self, name)
             require(value is None or (is_number(value) and value > 0), name, "None or a number above 0")
@@ -157,7 +192,10 @@ class PPOConfig(TrainingArguments):
         )
         require(
             self.stop_strings is None
-            or (isinstance(self.stop_strings, list) and all(isinstance(s, str) and s for s in self.stop_strings)),
+            or (
+                isinstance(self.stop_strings, list)
+                and all(isinstance(s, str) and s for s in self.stop_strings)
+            ),
             "stop_strings",
             "None or a list of non-empty strings",
         )
@@ -166,7 +204,11 @@ class PPOConfig(TrainingArguments):
             "reward_weights",
             "None or a list of finite numbers",
         )
-        require(self.min_new_tokens <= self.response_length, "min_new_tokens", f"<= response_length ({self.response_length})")
+        require(
+            self.min_new_tokens <= self.response_length,
+            "min_new_tokens",
+            f"<= response_length ({self.response_length})",
+        )
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("PPOConfig: set stop_token or stop_token_id, not both")
         if self.fp16:
@@ -191,7 +233,9 @@ class PPOConfig(TrainingArguments):
         self.micro_batch_size = self.per_device_train_batch_size * self.world_size
         self.batch_size = self.local_batch_size * self.world_size
         sizes = "per_device_train_batch_size * gradient_accumulation_steps"
-        self.local_mini_batch_size = divide(sizes, self.local_batch_size, "num_mini_batches", self.num_mini_batches)
+        self.local_mini_batch_size = divide(
+            sizes, self.local_batch_size, "num_mini_batches", self.num_mini_batches
+        )
         divide(sizes, self.local_batch_size, "num_generations", self.num_generations)
         self.mini_batch_size = self.local_mini_batch_size * self.world_size
         if self.total_episodes is None:

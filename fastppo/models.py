@@ -41,12 +41,13 @@ class LMHead:
     logit_scale: float
 
 
-def unwrap_peft(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: Any) -> Any:
     """The Hugging Face model inside a PEFT wrapper, adapters included; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_peft(model: nn.Module | None) -> bool:
+    """Is this a PEFT wrapper?"""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
@@ -63,7 +64,7 @@ def lm_head(model: nn.Module) -> LMHead:
         TypeError: the output layer is not one matrix (a LoRA adapter on `lm_head`, say).
     """
     causal_lm = unwrap_peft(model)
-    layer = causal_lm.get_output_embeddings()  # type: ignore[operator]
+    layer = causal_lm.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise TypeError(
             f"{type(causal_lm).__name__}: the output embedding must be a torch.nn.Linear, got {type(layer).__name__}; "
@@ -77,9 +78,10 @@ def lm_head(model: nn.Module) -> LMHead:
 
 def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Last hidden states, after the final norm: (b, L, H). Sequences are right-padded, so causal attention needs
-    neither a mask nor shifted positions."""
-    trunk = unwrap_peft(model).get_decoder()  # type: ignore[operator]
-    return trunk(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    neither a mask nor shifted positions.
+    """
+    trunk = unwrap_peft(model).get_decoder()
+    return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def token_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -89,6 +91,7 @@ def token_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> t
 
 
 def head_logprobs(model: nn.Module, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of `ids` from the hidden states that predict them, by the model's own head."""
     head = lm_head(model)
     return ops.linear_logprobs(
         hidden,
@@ -146,7 +149,9 @@ class ActorCritic(nn.Module):
         """Evaluate a micro-batch with one network (see `networks`) or both."""
         logprobs = entropy = values = hidden = None
         if network != "critic":
-            hidden = hidden_states(self.policy, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+            hidden = (
+                hidden_states(self.policy, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+            )
             logprobs, entropy = head_logprobs(self.policy, hidden, batch.target_ids, temperature)
         if network != "actor":
             if self.value_model is not None:
@@ -164,7 +169,7 @@ class ActorCritic(nn.Module):
 def classifier_trunk(model: nn.Module) -> nn.Module:
     """The trunk of a Hugging Face sequence classifier."""
     classifier = unwrap_peft(model)
-    return getattr(classifier, classifier.base_model_prefix)  # type: ignore[no-any-return,arg-type]
+    return getattr(classifier, classifier.base_model_prefix)
 
 
 def score_layer(model: nn.Module) -> nn.Linear:
@@ -175,7 +180,7 @@ def score_layer(model: nn.Module) -> nn.Linear:
         ValueError: the layer gives several numbers.
     """
     classifier = unwrap_peft(model)
-    layer = getattr(classifier, "score", None)
+    layer: Any = getattr(classifier, "score", None)
     if hasattr(layer, "modules_to_save"):  # PEFT trains a copy of the layer
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if layer is None or not hasattr(layer, "weight"):
@@ -185,8 +190,10 @@ def score_layer(model: nn.Module) -> nn.Linear:
             f"on the policy's trunk"
         )
     if layer.weight.shape[0] != 1:
-        raise ValueError(f"value_model: `score` must give 1 number per token (num_labels=1), got {layer.weight.shape[0]}")
-    return layer  # type: ignore[no-any-return]
+        raise ValueError(
+            f"value_model: `score` must give 1 number per token (num_labels=1), got {layer.weight.shape[0]}"
+        )
+    return layer
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -199,10 +206,10 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def recompute_activations(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+def recompute_activations(model: Any, options: Any = None) -> None:
     """Turn on gradient checkpointing, under the name that this version of transformers has for it."""
     new_name = getattr(model, "activation_checkpointing_enable", None)
-    (new_name or model.gradient_checkpointing_enable)(options or {"use_reentrant": False})  # type: ignore[operator]
+    (new_name or model.gradient_checkpointing_enable)(options or {"use_reentrant": False})
 
 
 def to_bfloat16(model: nn.Module) -> None:
@@ -226,7 +233,9 @@ def frozen_copy(policy: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def adapters_off(policy: nn.Module, ref_adapter_name: str | None, model_adapter_name: str | None) -> Iterator[nn.Module]:
+def adapters_off(
+    policy: nn.Module, ref_adapter_name: str | None, model_adapter_name: str | None
+) -> Iterator[nn.Module]:
     """The PEFT policy as its own reference: adapters disabled, or the adapter `ref_adapter_name` in their place."""
     if ref_adapter_name is None:
         with policy.disable_adapter():  # type: ignore[operator]
@@ -260,8 +269,8 @@ def check_head(policy: nn.Module) -> None:
     got, _ = token_logprobs(policy, batch, 1.0)
     if not torch.allclose(got, expected, atol=0.05, rtol=0.05):
         raise NotImplementedError(
-            f"{type(unwrap_peft(policy)).__name__}: log-probs through its trunk and LM head are {got.tolist()}, its own "
-            f"logits give {expected.tolist()}; this architecture (or PEFT's prompt learning) is not supported"
+            f"{type(unwrap_peft(policy)).__name__}: log-probs through its trunk and LM head are {got.tolist()}, its "
+            f"own logits give {expected.tolist()}; this architecture (or PEFT's prompt learning) is not supported"
         )
 
 

@@ -25,13 +25,23 @@ class Prompts:
     columns: dict[str, list[Any]]
 
 
-_OWN_COLUMNS = {"input_ids", "attention_mask", "prompt", "completion", "completions", "completion_ids", "prompts"}
+_OWN_COLUMNS = {
+    "input_ids",
+    "attention_mask",
+    "prompt",
+    "completion",
+    "completions",
+    "completion_ids",
+    "prompts",
+}
 
 
 def check_dataset(dataset: Any, name: str) -> None:
     """Raise a ValueError unless the dataset has rows with a column that prompts can be read from."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"{name} must have a length and rows by number (datasets.Dataset, a list), got {type(dataset).__name__}")
+        raise TypeError(
+            f"{name} must have a length and rows by number (datasets.Dataset, a list), got {type(dataset).__name__}"
+        )
     if len(dataset) == 0:
         raise ValueError(f"{name} must have at least one row, got none")
     row = dataset[0]
@@ -44,6 +54,7 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def is_chat(prompt: Any) -> bool:
+    """Is this a list of messages with role and content?"""
     return (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
@@ -73,7 +84,10 @@ def read_prompts(
         batch = data_collator(keep)
         if "attention_mask" not in batch:
             raise ValueError(f"data_collator must return input_ids and attention_mask, got {sorted(batch)}")
-        ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        ids = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
     else:
         ids = [_token_ids(row, i, tokenizer) for i, row in enumerate(rows)]
     if max_length is not None:
@@ -87,6 +101,7 @@ def read_prompts(
 
 
 def _token_ids(row: Mapping[str, Any], i: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: Any
     if "input_ids" in row:
         ids = torch.as_tensor(row["input_ids"])
         if "attention_mask" in row:
@@ -96,10 +111,14 @@ def _token_ids(row: Mapping[str, Any], i: int, tokenizer: PreTrainedTokenizerBas
         ids = tokenizer(row["prompt"])["input_ids"]
     elif is_chat(row["prompt"]):
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"prompt {i} is a chat, but the tokenizer {type(tokenizer).__name__} has no chat_template")
-        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+            raise ValueError(
+                f"prompt {i} is a chat, but the tokenizer {type(tokenizer).__name__} has no chat_template"
+            )
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
     else:
-        raise TypeError(f"prompt {i} must be text or a list of chat messages with role and content, got {row['prompt']!r}")
+        raise TypeError(
+            f"prompt {i} must be text or a list of chat messages with role and content, got {row['prompt']!r}"
+        )
     if not ids:
         raise ValueError(f"prompt {i} must have at least one token, got none from {dict(row)!r}")
     return [int(x) for x in ids]
@@ -112,7 +131,9 @@ class PromptOrder(torch.utils.data.Sampler[int]):
     alternating blocks of `block` prompts.
     """
 
-    def __init__(self, length: int, seed: int, *, start: int = 0, block: int = 1, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, length: int, seed: int, *, start: int = 0, block: int = 1, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.length, self.seed, self.start, self.block = length, seed, start, block
         self.rank, self.ranks = rank, ranks
 
@@ -123,6 +144,8 @@ class PromptOrder(torch.utils.data.Sampler[int]):
             if (position // self.block) % self.ranks == self.rank:
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + epoch))
+                    order = torch.randperm(
+                        self.length, generator=torch.Generator().manual_seed(self.seed + epoch)
+                    )
                 yield int(order[position % self.length])
             position += 1

@@ -95,7 +95,9 @@ def rollout(
         stop_strings = StopStringCriteria(tokenizer, list(sampling.stop_strings))
 
     episodes = len(prompts) * num_generations
-    response_ids = torch.full((episodes, sampling.max_new_tokens), pad_token_id, dtype=torch.int64, device=device)
+    response_ids = torch.full(
+        (episodes, sampling.max_new_tokens), pad_token_id, dtype=torch.int64, device=device
+    )
     shape, f32 = response_ids.shape, torch.float32
     draws = _Draws(*(torch.zeros(shape, dtype=f32, device=device) for _ in range(3)))
     lengths = torch.full((episodes,), sampling.max_new_tokens, dtype=torch.int64, device=device)
@@ -105,7 +107,9 @@ def rollout(
         _generate_group(
             policy,
             [prompts[i] for i in group],
-            torch.tensor([i * num_generations + g for i in group for g in range(num_generations)], device=device),
+            torch.tensor(
+                [i * num_generations + g for i in group for g in range(num_generations)], device=device
+            ),
             sampling,
             num_generations=num_generations,
             seed=seed,
@@ -172,7 +176,11 @@ def _generate_group(
                 width, sampling.min_new_tokens, list(sampling.stop_token_ids), device=str(device)
             )
         )
-    penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty) if sampling.repetition_penalty != 1 else None
+    penalty = (
+        RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+        if sampling.repetition_penalty != 1
+        else None
+    )
 
     cache = DynamicCache(config=text_config(policy))
     use_positions = accepts(policy, "position_ids")
@@ -183,7 +191,7 @@ def _generate_group(
             inputs["position_ids"] = position_ids
         # Every policy of this function keeps a cache and takes logits_to_keep; both are checked by the trainer.
         output = policy(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
-        return output.logits[:, -1]  # type: ignore[no-any-return]
+        return output.logits[:, -1]
 
     logits = forward(input_ids, positions)
     if num_generations > 1:  # one prefill serves all responses to a prompt
@@ -204,7 +212,7 @@ def _generate_group(
         if penalty is not None:
             logits = penalty(penalised, logits)
         if processors:
-            logits = processors(history, logits)
+            logits = processors(history, logits)  # type: ignore[arg-type]
         rows = episodes[active]
         draw = ops.sample(
             logits,
@@ -263,4 +271,6 @@ def _check_prompts(policy: nn.Module, prompts: Sequence[Sequence[int]], sampling
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             bad = next(x for x in prompt if x < 0 or x >= vocabulary)
-            raise ValueError(f"rollout: prompt {i} has token id {bad}, outside the vocabulary of {vocabulary}")
+            raise ValueError(
+                f"rollout: prompt {i} has token id {bad}, outside the vocabulary of {vocabulary}"
+            )

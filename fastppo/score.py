@@ -49,6 +49,7 @@ class Episodes:
         return len(self.prompts)
 
     def take(self, rows: Sequence[int]) -> Episodes:
+        """Some of the episodes, by number."""
         return Episodes(
             [self.prompts[i] for i in rows],
             [self.completions[i] for i in rows],
@@ -100,7 +101,9 @@ def make_rewards(
         )
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if len(weights) != len(sources):
-        raise ValueError(f"reward_weights must have one number per reward ({len(sources)}), got {len(weights)}")
+        raise ValueError(
+            f"reward_weights must have one number per reward ({len(sources)}), got {len(weights)}"
+        )
     rewards: list[Reward] = []
     for source, weight, tokenizer in zip(sources, weights, processing_classes, strict=True):
         function: Callable[[Episodes], Any]
@@ -117,11 +120,15 @@ def make_rewards(
                 f"got {type(source).__name__}"
             )
         taken = [r.name for r in rewards]
-        rewards.append(Reward(name if name not in taken else f"{name}_{len(rewards)}", float(weight), function))
+        rewards.append(
+            Reward(name if name not in taken else f"{name}_{len(rewards)}", float(weight), function)
+        )
     return rewards
 
 
-def score(rewards: Sequence[Reward], episodes: Episodes, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def score(
+    rewards: Sequence[Reward], episodes: Episodes, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the rewards, and each of them: (B,) float32 tensors.
 
     Raises:
@@ -174,6 +181,7 @@ class ClassifierReward:
                 )
 
     def token_ids(self, episodes: Episodes) -> list[list[int]]:
+        """What the classifier reads: the policy's ids, or the texts in its own tokenizer's."""
         if self.tokenizer is None:
             return [p + c for p, c in zip(episodes.prompt_ids, episodes.completion_ids, strict=True)]
         texts = []
@@ -185,7 +193,7 @@ class ClassifierReward:
             else:
                 texts.append("\n".join(str(m["content"]) for m in [*prompt, *completion]))
         limit = getattr(unwrap_peft(self.model).config, "max_position_embeddings", None)
-        return self.tokenizer(texts, truncation=limit is not None, max_length=limit)["input_ids"]  # type: ignore[return-value]
+        return self.tokenizer(texts, truncation=limit is not None, max_length=limit)["input_ids"]
 
     @torch.no_grad()
     def __call__(self, episodes: Episodes) -> list[float]:
@@ -196,7 +204,9 @@ class ClassifierReward:
             longest = len(sequences[group[0]])
             lengths = torch.tensor([len(sequences[i]) for i in group], device=device)
             pad = getattr(self.tokenizer, "pad_token_id", None) or 0
-            ids = torch.tensor([sequences[i] + [pad] * (longest - len(sequences[i])) for i in group], device=device)
+            ids = torch.tensor(
+                [sequences[i] + [pad] * (longest - len(sequences[i])) for i in group], device=device
+            )
             if self.is_decoder:
                 hidden = classifier_trunk(self.model)(input_ids=ids, use_cache=False).last_hidden_state
                 last = hidden[torch.arange(len(group), device=device), lengths - 1]
@@ -296,19 +306,25 @@ def _numbers(name: str, values: Any, episodes: Episodes) -> list[float]:
         )
     values = list(values)
     if len(values) != len(episodes):
-        raise ValueError(f"reward {name} must return one number per episode ({len(episodes)}), got {len(values)}")
+        raise ValueError(
+            f"reward {name} must return one number per episode ({len(episodes)}), got {len(values)}"
+        )
     for i, value in enumerate(values):
         try:
             values[i] = float(value)
         except (TypeError, ValueError):
             values[i] = math.nan
         if not math.isfinite(values[i]):
-            raise ValueError(f"reward {name} must return finite numbers, got {value!r} for {_episode(episodes, i)}")
+            raise ValueError(
+                f"reward {name} must return finite numbers, got {value!r} for {_episode(episodes, i)}"
+            )
     return values
 
 
 def _episode(episodes: Episodes, i: int) -> str:
-    return f"episode {i}: prompt {_excerpt(episodes.prompts[i])}, completion {_excerpt(episodes.completions[i])}"
+    return (
+        f"episode {i}: prompt {_excerpt(episodes.prompts[i])}, completion {_excerpt(episodes.completions[i])}"
+    )
 
 
 def _excerpt(value: Any, most: int = 200) -> str:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import DistributedType
@@ -31,7 +31,7 @@ from .config import PPOConfig
 from .optimizer import AdamW
 from .prompts import PromptOrder, Prompts, check_dataset, is_chat, read_prompts
 from .rollout import Sampling, rollout
-from .score import Episodes, make_rewards, score, token_scores
+from .score import ClassifierReward, Episodes, make_rewards, score, token_scores
 from .update import update
 
 _EVAL_SEED = 1_000_003  # evaluation draws from a stream of its own, the same at every evaluation
@@ -48,9 +48,9 @@ class PPOTrainer(Trainer):
             to bfloat16 in place.
         ref_model: reference of the KL penalty. None: the policy as it is now (a copy), or, for a PEFT policy, the
             policy without its adapter.
-        reward_model: callable `fn(prompts, completions, completion_ids, **columns) -> list[float]` (sync or async; TRL's
-            GRPO signature), sequence classifier with one output, URL of a reward server, or a list of these weighted
-            by `args.reward_weights`.
+        reward_model: callable `fn(prompts, completions, completion_ids, **columns) -> list[float]` (sync or async;
+            TRL's GRPO signature), sequence classifier with one output, URL of a reward server, or a list of these
+            weighted by `args.reward_weights`.
         train_dataset: rows with `prompt` (text, or a list of chat messages) or `input_ids`; other columns are
             handed to callable rewards.
         value_model: critic, a decoder-type sequence classifier with one output. None: a value head on the policy's
@@ -72,7 +72,15 @@ class PPOTrainer(Trainer):
         >>> trainer.save_model("out/final")
     """
 
-    _tag_names = ["fastppo", "ppo"]
+    _tag_names: ClassVar[list[str]] = ["fastppo", "ppo"]
+
+    # What Trainer declares more loosely.
+    args: Any
+    state: Any
+    lr_scheduler: Any
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
 
     def __init__(
         self,
@@ -94,9 +102,13 @@ class PPOTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("train_dataset is required")
         if reward_model is None:
-            raise ValueError("reward_model is required: a callable, a sequence classifier, a URL, or a list of these")
+            raise ValueError(
+                "reward_model is required: a callable, a sequence classifier, a URL, or a list of these"
+            )
         if ref_model is model:
-            raise ValueError("model and ref_model must not be the same object: pass ref_model=None for a frozen copy")
+            raise ValueError(
+                "model and ref_model must not be the same object: pass ref_model=None for a frozen copy"
+            )
         check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
@@ -145,10 +157,12 @@ class PPOTrainer(Trainer):
             raise NotImplementedError(
                 f"PPOTrainer runs on one process or under DDP, got {self.accelerator.distributed_type}"
             )
-        self.ref_model = ref_model.to(args.device).eval().requires_grad_(False) if ref_model is not None else None
+        self.ref_model = (
+            ref_model.to(args.device).eval().requires_grad_(False) if ref_model is not None else None
+        )
         for reward in self.rewards:
-            if isinstance(getattr(reward.function, "model", None), nn.Module):
-                reward.function.model.to(args.device)  # type: ignore[attr-defined]
+            if isinstance(reward.function, ClassifierReward):
+                reward.function.model.to(args.device)
         if args.gradient_checkpointing:
             for module in (model, value_model):
                 if module is not None:
@@ -156,7 +170,10 @@ class PPOTrainer(Trainer):
         self.actor_critic = actor_critic
         self._create_optimizer_and_scheduler()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
+            self.optimizer,
+            self.lr_scheduler,
+        )
 
         self.stop_token_id = args.stop_token_id
         self.logits_processor = tuple(logits_processor)
@@ -174,7 +191,7 @@ class PPOTrainer(Trainer):
         pad = self.tokenizer.pad_token_id
         # Only a filler: no mask is ever read from it.
         self.pad_token_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
-        self.state.episode = 0  # type: ignore[attr-defined]
+        self.state.episode = 0
         if self.callback_handler.pop_callback(TransformersProgressCallback) is not None:
             self.add_callback(metrics.ProgressCallback)
 
@@ -184,6 +201,7 @@ class PPOTrainer(Trainer):
         """Train for `args.num_total_batches` updates.
 
         Args:
+            kwargs: unused; for compatibility with `transformers.Trainer`.
             resume_from_checkpoint: a checkpoint folder, or True for the newest in `args.output_dir`. The run goes on
                 exactly as it would have: same prompts, draws and order.
 
@@ -222,8 +240,8 @@ class PPOTrainer(Trainer):
             clock.lap("update")
 
             self.state.global_step += 1
-            self.state.episode += args.batch_size  # type: ignore[attr-defined]
-            self.state.epoch = self.state.episode / (len(self.train_dataset) * args.num_generations)  # type: ignore[attr-defined]
+            self.state.episode += args.batch_size
+            self.state.epoch = self.state.episode / (len(self.train_dataset) * args.num_generations)
             report = metrics.episode_metrics(episodes, scores, each, logprobs, result, values, args.kl_coef)
             report |= metrics.update_metrics(means)
             report |= {f"time/{room}": seconds for room, seconds in clock.laps.items()}
@@ -233,7 +251,7 @@ class PPOTrainer(Trainer):
             done = self.state.global_step - first_step
             report["eps"] = done * args.batch_size / (time.perf_counter() - started)
             report["lr"] = self.lr_scheduler.get_last_lr()[0]
-            report["episode"] = self.state.episode  # type: ignore[attr-defined]
+            report["episode"] = self.state.episode
             self.log(report)
             self.lr_scheduler.step()
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
@@ -247,7 +265,7 @@ class PPOTrainer(Trainer):
 
     def _rollout(self, batch: Prompts) -> Rollout:
         args = self.args
-        first = self.state.episode + args.process_index * args.local_batch_size  # type: ignore[attr-defined]
+        first = self.state.episode + args.process_index * args.local_batch_size
         return rollout(
             self._policy(),
             batch.ids,
@@ -285,7 +303,9 @@ class PPOTrainer(Trainer):
             episodes,
             range(len(episodes)),
             pad_token_id=self.pad_token_id,
-            max_rows=self.args.local_rollout_forward_batch_size if self.args.micro_batch_tokens is None else None,
+            max_rows=self.args.local_rollout_forward_batch_size
+            if self.args.micro_batch_tokens is None
+            else None,
             max_tokens=self.args.micro_batch_tokens,
         )
 
@@ -306,7 +326,9 @@ class PPOTrainer(Trainer):
             [{"role": "assistant", "content": text}] if is_chat(prompt) else text
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        columns = {name: [v for v in values for _ in range(repeats)] for name, values in batch.columns.items()}
+        columns = {
+            name: [v for v in values for _ in range(repeats)] for name, values in batch.columns.items()
+        }
         return Episodes(prompts, completions, completion_ids, episodes.prompt_ids, columns)
 
     def _update(
@@ -327,7 +349,9 @@ class PPOTrainer(Trainer):
                 temperature=args.temperature,
                 epochs=args.num_ppo_epochs,
                 mini_batches=args.num_mini_batches,
-                micro_batch_rows=args.per_device_train_batch_size if args.micro_batch_tokens is None else None,
+                micro_batch_rows=args.per_device_train_batch_size
+                if args.micro_batch_tokens is None
+                else None,
                 micro_batch_tokens=args.micro_batch_tokens,
                 clip_range=args.cliprange,
                 value_clip_range=args.cliprange_value,
@@ -343,7 +367,7 @@ class PPOTrainer(Trainer):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean score, KL to the reference, and length of sampled responses to the evaluation prompts.
@@ -365,7 +389,9 @@ class PPOTrainer(Trainer):
                 report |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return report
         rows = self._completions(dataset, self.sampling)
-        number = {k: torch.tensor([float(r[k]) for r in rows]) for k in ("score", "kl", "length", "truncated")}
+        number = {
+            k: torch.tensor([float(r[k]) for r in rows]) for k in ("score", "kl", "length", "truncated")
+        }
         report = {
             f"{metric_key_prefix}_objective/scores": number["score"].mean().item(),
             f"{metric_key_prefix}_objective/scores_std": number["score"].std(correction=0).item(),
@@ -389,7 +415,11 @@ class PPOTrainer(Trainer):
         """
         if self.eval_dataset is None:
             return []
-        dataset = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        dataset = (
+            next(iter(self.eval_dataset.values()))
+            if isinstance(self.eval_dataset, dict)
+            else self.eval_dataset
+        )
         most = self.args.per_device_eval_batch_size if sampling else len(dataset)
         greedy = Sampling(
             max_new_tokens=self.sampling.max_new_tokens,
@@ -407,7 +437,9 @@ class PPOTrainer(Trainer):
 
     def _completions(self, dataset: Any, sampling: Sampling, most: int | None = None) -> list[dict[str, Any]]:
         """Responses of this rank's share of a dataset, with score and KL of each. Draws are the same every time."""
-        indices = range(self.args.process_index, min(most or len(dataset), len(dataset)), self.args.world_size)
+        indices = range(
+            self.args.process_index, min(most or len(dataset), len(dataset)), self.args.world_size
+        )
         size = max(1, self.args.local_rollout_forward_batch_size)
         rows: list[dict[str, Any]] = []
         for start in range(0, len(indices), size):
@@ -443,7 +475,7 @@ class PPOTrainer(Trainer):
 
     def _log_table(self, rows: list[dict[str, Any]]) -> None:
         if "wandb" in self.args.report_to:
-            import wandb
+            import wandb  # type: ignore[import-not-found]
 
             if wandb.run is not None:
                 table = wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
@@ -505,7 +537,10 @@ class PPOTrainer(Trainer):
         half = any(p.requires_grad and p.dtype is torch.bfloat16 for p in self.actor_critic.parameters())
         if half and self.optimizer is None and args.optim in _OPTIMIZERS_WITH_MASTER:
             betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer_cls_and_kwargs = (AdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon})
+            self.optimizer_cls_and_kwargs = (
+                AdamW,
+                {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon},
+            )
         elif half:
             warnings.warn(
                 "the optimizer updates bfloat16 weights without a float32 master, which loses small updates; leave "
@@ -587,7 +622,7 @@ class PPOTrainer(Trainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(folder / "trainer_state.json"))
-            (folder / "episodes.txt").write_text(f"{self.state.episode}\n")  # type: ignore[attr-defined]
+            (folder / "episodes.txt").write_text(f"{self.state.episode}\n")
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         rotate_checkpoints(
@@ -610,7 +645,7 @@ class PPOTrainer(Trainer):
         checkpoint.restore_actor_critic(self.actor_critic, found)
         self._load_optimizer_and_scheduler(str(found))
         self.state = TrainerState.load_from_json(str(found / "trainer_state.json"))
-        self.state.episode = int((found / "episodes.txt").read_text())  # type: ignore[attr-defined]
+        self.state.episode = int((found / "episodes.txt").read_text())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The model card of `transformers.Trainer`, tagged fastppo and ppo."""
@@ -662,7 +697,11 @@ def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     except ImportError as error:
         raise ImportError("peft_config needs the peft library: pip install 'fastppo[peft]'") from error
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config must be a peft.PeftConfig (LoraConfig, ...), got {type(peft_config).__name__}")
+        raise TypeError(
+            f"peft_config must be a peft.PeftConfig (LoraConfig, ...), got {type(peft_config).__name__}"
+        )
     if models.is_peft(model):
-        raise ValueError("model is a PEFT model already: merge its adapter first, or pass it without peft_config")
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type,no-any-return]
+        raise ValueError(
+            "model is a PEFT model already: merge its adapter first, or pass it without peft_config"
+        )
+    return get_peft_model(model, peft_config)

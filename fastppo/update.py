@@ -45,10 +45,24 @@ def update(
     micro-batches nor the number of ranks changes the gradient.
 
     Args:
-        logprobs, values, advantages, returns: (B, T) float32, of the policy and critic that made the rollout.
-        micro_batch_rows, micro_batch_tokens: most episodes and tokens (with padding) in a forward and backward.
+        model: an `ActorCritic`, wrapped by Accelerate or not.
+        optimizer: of the model's trainable parameters.
+        rollout: B episodes.
+        logprobs: (B, T) float32, of the policy that made the rollout, in nats.
+        values: (B, T) float32, of the critic before this update.
+        advantages: (B, T) float32.
+        returns: (B, T) float32, what the values should have been.
+        temperature: divides the logits, as it did in the rollout.
+        epochs: passes over the episodes.
+        mini_batches: optimizer steps per epoch.
+        micro_batch_rows: most episodes in one forward and backward; None: no limit.
+        micro_batch_tokens: most tokens (with padding) in one forward and backward; None: no limit.
+        clip_range: of the ratio, around 1.
+        value_clip_range: of the value, around its old estimate.
+        vf_coef: weight of the value loss.
         max_grad_norm: the gradient of each network is scaled down to this norm; None or 0: not.
         target_kl: stop, before the step is taken, once a step's approx_kl = mean(½ (log ratio)²) exceeds this.
+        pad_token_id: filler of micro-batches.
         seed: of the order of the episodes.
         accelerator: `accelerate.Accelerator`, for backward, clipping and gradient synchronisation.
 
@@ -97,7 +111,9 @@ def update(
                     stopped_early = True
                     optimizer.zero_grad(set_to_none=True)
                     break
-                norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm else float("inf")))
+                norm = float(
+                    accelerator.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm else float("inf"))
+                )
                 if not math.isfinite(norm):
                     optimizer.zero_grad(set_to_none=True)
                     named = dict(zip(PPOStats._fields, stats.tolist(), strict=True))
@@ -152,7 +168,9 @@ def _loss(
         normalizer=normalizer,
     )
     if new.logprobs is None:  # a ratio of the old policy to itself is no news
-        stats = stats._replace(ratio=torch.zeros_like(stats.ratio), ratio_max=torch.zeros_like(stats.ratio_max))
+        stats = stats._replace(
+            ratio=torch.zeros_like(stats.ratio), ratio_max=torch.zeros_like(stats.ratio_max)
+        )
     return loss, stats
 
 

@@ -78,7 +78,10 @@ def test_parses_from_the_command_line() -> None:
         ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be None or a number above 0, got -1.0"),
         ({"response_length": 0}, "response_length must be an integer of at least 1, got 0"),
-        ({"min_new_tokens": 9, "response_length": 8}, r"min_new_tokens must be <= response_length \(8\), got 9"),
+        (
+            {"min_new_tokens": 9, "response_length": 8},
+            r"min_new_tokens must be <= response_length \(8\), got 9",
+        ),
         ({"stop_strings": ["ok", ""]}, "stop_strings must be None or a list of non-empty strings"),
         ({"fp16": True}, "fp16 is not supported"),
     ],
@@ -89,9 +92,16 @@ def test_bad_values_are_named(settings: dict[str, Any], message: str) -> None:
 
 
 def test_batch_sizes() -> None:
-    got = config(per_device_train_batch_size=4, gradient_accumulation_steps=6, num_mini_batches=3, num_train_epochs=2)
+    got = config(
+        per_device_train_batch_size=4, gradient_accumulation_steps=6, num_mini_batches=3, num_train_epochs=2
+    )
     got.set_batch_sizes(100)
-    assert (got.local_batch_size, got.batch_size, got.mini_batch_size, got.local_mini_batch_size) == (24, 24, 8, 8)
+    assert (got.local_batch_size, got.batch_size, got.mini_batch_size, got.local_mini_batch_size) == (
+        24,
+        24,
+        8,
+        8,
+    )
     assert (got.micro_batch_size, got.total_episodes, got.num_total_batches) == (4, 200, 9)
 
 

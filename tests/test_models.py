@@ -22,7 +22,9 @@ def episodes(seed: int = 0) -> Rollout:
     ids = torch.randint(2, tiny.VOCABULARY, (len(LENGTHS), width), generator=generator).masked_fill(~mask, 0)
     zeros = torch.zeros(ids.shape)
     prompts = [torch.randint(2, tiny.VOCABULARY, (p,), generator=generator).tolist() for p, _ in LENGTHS]
-    return Rollout(prompts, ids, mask, lengths, torch.zeros(len(LENGTHS), dtype=torch.bool), zeros, zeros, zeros)
+    return Rollout(
+        prompts, ids, mask, lengths, torch.zeros(len(LENGTHS), dtype=torch.bool), zeros, zeros, zeros
+    )
 
 
 def expected_logprobs(policy: Any, rollout: Rollout, temperature: float) -> torch.Tensor:
@@ -43,7 +45,10 @@ def test_logprobs_equal_the_models_own(architecture: str) -> None:
     for batch in micro_batches(rollout, range(len(rollout)), pad_token_id=0, max_tokens=14):
         got[batch.tokens] = models.token_logprobs(policy, batch, 0.7)[0].detach()
     torch.testing.assert_close(
-        got.view_as(rollout.response_ids), expected_logprobs(policy, rollout, 0.7).detach(), atol=2e-5, rtol=1e-5
+        got.view_as(rollout.response_ids),
+        expected_logprobs(policy, rollout, 0.7).detach(),
+        atol=2e-5,
+        rtol=1e-5,
     )
 
 
@@ -89,10 +94,14 @@ def test_check_head_catches_an_architecture_it_does_not_know() -> None:
 
 def test_prompt_learning_is_refused_and_lora_on_the_head_too() -> None:
     peft = pytest.importorskip("peft")
-    prompt_tuned = peft.get_peft_model(tiny.policy(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prompt_tuned = peft.get_peft_model(
+        tiny.policy(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     with pytest.raises(NotImplementedError, match="prompt learning"):
         models.check_head(prompt_tuned)
-    adapted = peft.get_peft_model(tiny.policy(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    adapted = peft.get_peft_model(
+        tiny.policy(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    )
     with pytest.raises(TypeError, match="leave lm_head out"):
         models.check_head(adapted)
 

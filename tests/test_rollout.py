@@ -117,13 +117,17 @@ def test_stop_strings_end_a_response() -> None:
 
     class Readable(LogitsProcessor):
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-            return torch.full_like(scores, -torch.inf).index_copy_(1, torch.tensor(readable), scores[:, readable])  # type: ignore[return-value]
+            return torch.full_like(scores, -torch.inf).index_copy_(
+                1, torch.tensor(readable), scores[:, readable]
+            )  # type: ignore[return-value]
 
     sampling = Sampling(max_new_tokens=8, temperature=2.0)
     whole = generate(policy, sampling, logits_processor=[Readable()])
     text = tokenizer.decode(whole.completions()[0])
     stop = text[2:4]
-    got = generate(policy, replace(sampling, stop_strings=(stop,)), tokenizer=tokenizer, logits_processor=[Readable()])
+    got = generate(
+        policy, replace(sampling, stop_strings=(stop,)), tokenizer=tokenizer, logits_processor=[Readable()]
+    )
     first = tokenizer.decode(got.completions()[0])
     assert text.startswith(first) and stop in first and len(first) < len(text)
     assert stop not in tokenizer.decode(got.completions()[0][:-1])

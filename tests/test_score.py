@@ -62,7 +62,9 @@ def test_tensors_are_numbers_too() -> None:
 
 def test_decoder_classifier_is_read_at_the_last_token_whatever_its_padding_id() -> None:
     model = tiny.classifier()
-    model.config.pad_token_id = 22  # the last token of a response: comparing with it would read the wrong place
+    model.config.pad_token_id = (
+        22  # the last token of a response: comparing with it would read the wrong place
+    )
     expected = []
     for prompt, completion in zip(EPISODES.prompt_ids, EPISODES.completion_ids, strict=True):
         hidden = model.model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0, -1]
@@ -74,7 +76,12 @@ def test_encoder_classifier_with_its_own_tokenizer() -> None:
     tokenizer = tiny.tokenizer()
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=1,
     )
     model = BertForSequenceClassification(config).eval()
     texts = [p + c for p, c in zip(EPISODES.prompts, EPISODES.completions, strict=True)]
@@ -100,7 +107,9 @@ def server() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = {"scores": [float(len(c)) for c in body["completions"]]} if self.path == "/ok" else {"no": 1}
+            answer = (
+                {"scores": [float(len(c)) for c in body["completions"]]} if self.path == "/ok" else {"no": 1}
+            )
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
@@ -129,11 +138,19 @@ def raises_on_books(prompts: Any, completions: list[str], **columns: Any) -> lis
 @pytest.mark.parametrize(
     ("reward", "error", "message"),
     [
-        (raises_on_books, RuntimeError, "raises_on_books raised KeyError.*episode 1: prompt 'what do you like'"),
+        (
+            raises_on_books,
+            RuntimeError,
+            "raises_on_books raised KeyError.*episode 1: prompt 'what do you like'",
+        ),
         (lambda **_: [1.0], ValueError, r"must return one number per episode \(2\), got 1"),
         (lambda **_: None, ValueError, "must return a list of 2 numbers, got NoneType"),
         (lambda **_: "good", ValueError, "must return a list of 2 numbers, got str"),
-        (lambda **_: [1.0, None], ValueError, "must return finite numbers, got None for episode 1: prompt 'what do"),
+        (
+            lambda **_: [1.0, None],
+            ValueError,
+            "must return finite numbers, got None for episode 1: prompt 'what do",
+        ),
         (lambda **_: [float("nan"), 1.0], ValueError, "got nan for episode 0: prompt 'how are you'"),
         (lambda **_: [1.0, float("inf")], ValueError, "got inf for episode 1"),
         (lambda **_: ["a", 1.0], ValueError, "got 'a' for episode 0"),
@@ -149,7 +166,9 @@ def test_a_reward_that_hangs_is_named() -> None:
         time.sleep(30)
         return [0.0, 0.0]
 
-    with pytest.raises(RuntimeError, match=r"hangs gave no answer within reward_timeout = 0.1 s.*how are you"):
+    with pytest.raises(
+        RuntimeError, match=r"hangs gave no answer within reward_timeout = 0.1 s.*how are you"
+    ):
         scores(hangs, timeout=0.1)
 
 

@@ -18,13 +18,16 @@ WORDS = tiny.TEXT.split()
 TEXTS = [{"prompt": " ".join(WORDS[i : i + 1 + i % 5]), "number": i} for i in range(24)]
 
 TRL_METRICS = {
-    "eps", "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores",
-    "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
+    "eps", "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward",
+    "objective/scores", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg",
+    "loss/policy_avg", "loss/value_avg",
     "val/clipfrac_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens", "lr", "episode", "epoch",
 }  # fmt: skip
 
 
-def vowels(prompts: Any, completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+def vowels(
+    prompts: Any, completions: list[str], completion_ids: list[list[int]], **columns: Any
+) -> list[float]:
     """Share of a response's tokens above 150: half at random, easy to raise."""
     return [sum(i > 150 for i in ids) / len(ids) for ids in completion_ids]
 
@@ -38,7 +41,15 @@ def trainer(tmp_path: Path, **changes: Any) -> PPOTrainer:
         "processing_class": tiny.tokenizer(),
         "value_model": None,
     }
-    for name in [*parts, "eval_dataset", "peft_config", "callbacks", "data_collator", "reward_processing_classes", "optimizers"]:
+    for name in [
+        *parts,
+        "eval_dataset",
+        "peft_config",
+        "callbacks",
+        "data_collator",
+        "reward_processing_classes",
+        "optimizers",
+    ]:
         if name in changes:
             parts[name] = changes.pop(name)
     if isinstance(parts["model"], str):
@@ -141,7 +152,9 @@ def test_missing_eos_penalty_falls_on_truncated_responses(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("pad", [None, "<|end|>"])
 def test_no_pad_token_or_pad_that_is_eos(tmp_path: Path, pad: str | None) -> None:
-    padded, other = (trainer(tmp_path, processing_class=tiny.tokenizer(p), total_episodes=32) for p in ("<|pad|>", pad))
+    padded, other = (
+        trainer(tmp_path, processing_class=tiny.tokenizer(p), total_episodes=32) for p in ("<|pad|>", pad)
+    )
     padded.train()
     other.train()
     for a, b in zip(padded.actor_critic.parameters(), other.actor_critic.parameters(), strict=True):
@@ -167,7 +180,9 @@ def test_lora_trains_only_the_adapter_against_the_bare_model(tmp_path: Path) -> 
 
 def test_lora_on_a_bfloat16_base(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    run = trainer(tmp_path, bf16=True, peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=4), total_episodes=16)
+    run = trainer(
+        tmp_path, bf16=True, peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=4), total_episodes=16
+    )
     dtypes = {n: p.dtype for n, p in run.actor_critic.named_parameters()}
     assert {d for n, d in dtypes.items() if "lora" in n} == {torch.float32}
     assert {d for n, d in dtypes.items() if "base_layer" in n} == {torch.bfloat16}
@@ -199,14 +214,23 @@ def test_checkpoints_rotate_and_leave_no_temporary_folder(tmp_path: Path) -> Non
     run.train()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-3"]
     names = {p.name for p in (tmp_path / "run/checkpoint-3").iterdir()}
-    assert names >= {"model.safetensors", "critic", "optimizer.pt", "scheduler.pt", "trainer_state.json", "tokenizer.json"}
+    assert names >= {
+        "model.safetensors",
+        "critic",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+        "tokenizer.json",
+    }
 
 
 def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path)
     run.save_model(str(tmp_path / "saved"))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "saved").rglob("*")}
-    monkeypatch.setattr(run.processing_class, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        run.processing_class, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         run.save_model(str(tmp_path / "saved"))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "saved").rglob("*")} == before
@@ -260,7 +284,9 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     (events,) = {p.parent for p in (tmp_path / "run").rglob("events.out.tfevents*")}
     log = EventAccumulator(str(events)).Reload()
     tags = log.Tags()["scalars"]
-    assert any(t.endswith("objective/kl") for t in tags) and any(t.endswith("policy/clipfrac_avg") for t in tags)
+    assert any(t.endswith("objective/kl") for t in tags) and any(
+        t.endswith("policy/clipfrac_avg") for t in tags
+    )
     tag = next(t for t in tags if t.endswith("objective/scores"))
     assert [e.step for e in log.Scalars(tag)] == [1, 2]
 
@@ -310,7 +336,11 @@ def test_no_tensor_of_tokens_times_vocabulary_exists_in_python(tmp_path: Path) -
     [
         ({"train_dataset": None}, ValueError, "train_dataset is required"),
         ({"train_dataset": []}, ValueError, "train_dataset must have at least one row"),
-        ({"train_dataset": [{"text": "a"}]}, ValueError, r"expected a column `prompt` .* got columns \['text'\]"),
+        (
+            {"train_dataset": [{"text": "a"}]},
+            ValueError,
+            r"expected a column `prompt` .* got columns \['text'\]",
+        ),
         ({"reward_model": None}, ValueError, "reward_model is required"),
         ({"reward_model": 3}, TypeError, "reward_model: expected a callable"),
         ({"processing_class": "gpt2"}, TypeError, "processing_class must be a tokenizer"),
@@ -339,7 +369,10 @@ def test_same_model_and_reference_is_refused(tmp_path: Path) -> None:
         ([{"prompt": ""}], "prompt 0 must have at least one token"),
         ([{"input_ids": []}], "prompt 0 must have at least one token"),
         ([{"prompt": 7}], "prompt 0 must be text or a list of chat messages"),
-        ([{"prompt": "the " * 80}], r"exceeds the model's context of 64; shorten it \(PPOConfig.max_prompt_length\)"),
+        (
+            [{"prompt": "the " * 80}],
+            r"exceeds the model's context of 64; shorten it \(PPOConfig.max_prompt_length\)",
+        ),
         ([{"input_ids": [400]}], "token id 400, outside the vocabulary of 307"),
     ],
 )
@@ -349,7 +382,9 @@ def test_bad_prompts_are_named(tmp_path: Path, rows: list[dict[str, Any]], messa
 
 
 def test_long_prompts_can_be_cut(tmp_path: Path) -> None:
-    trainer(tmp_path, train_dataset=[{"prompt": "the quick " * 80}], max_prompt_length=20, total_episodes=16).train()
+    trainer(
+        tmp_path, train_dataset=[{"prompt": "the quick " * 80}], max_prompt_length=20, total_episodes=16
+    ).train()
 
 
 def test_a_reward_that_raises_stops_the_run_with_the_prompt(tmp_path: Path) -> None:

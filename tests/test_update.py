@@ -22,7 +22,9 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [20, 21], [22, 23], [24], [2
 TEMPERATURE = 1.3
 
 
-def experience(model: ActorCritic, prompts: list[list[int]] = PROMPTS, first: int = 0) -> tuple[Rollout, dict[str, Any]]:
+def experience(
+    model: ActorCritic, prompts: list[list[int]] = PROMPTS, first: int = 0
+) -> tuple[Rollout, dict[str, Any]]:
     """A rollout of mixed lengths with random scores, and what `update` needs of it."""
     sampling = Sampling(max_new_tokens=6, temperature=TEMPERATURE, stop_token_ids=tuple(range(40)))
     episodes = rollout(model.policy, prompts, sampling, pad_token_id=0, seed=1, first_episode=first)
@@ -45,7 +47,9 @@ def experience(model: ActorCritic, prompts: list[list[int]] = PROMPTS, first: in
     }
 
 
-def run(model: ActorCritic, episodes: Rollout, data: dict[str, Any], lr: float = 1e-3, **settings: Any) -> dict[str, float]:
+def run(
+    model: ActorCritic, episodes: Rollout, data: dict[str, Any], lr: float = 1e-3, **settings: Any
+) -> dict[str, float]:
     accelerator = settings.pop("accelerator", None) or Accelerator(cpu=True)
     optimizer = settings.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr)
     return update(
@@ -104,7 +108,9 @@ def test_the_step_raises_what_was_good() -> None:
     run(model, episodes, data, lr=0.5)
     with torch.no_grad():
         (after,) = token_scores(
-            lambda b: (model(b, TEMPERATURE).logprobs,), micro_batches(episodes, range(8), pad_token_id=0), episodes
+            lambda b: (model(b, TEMPERATURE).logprobs,),
+            micro_batches(episodes, range(8), pad_token_id=0),
+            episodes,
         )
     mask = episodes.response_mask
     gain = (after - data["logprobs"])[mask]
@@ -168,7 +174,15 @@ def _rank(rank: int, folder: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapped = accelerator.prepare(model)
     assert type(wrapped).__name__ == "DistributedDataParallel"
-    means = run(model, episodes, data, wrapped=wrapped, optimizer=optimizer, accelerator=accelerator, micro_batch_rows=3)
+    means = run(
+        model,
+        episodes,
+        data,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        accelerator=accelerator,
+        micro_batch_rows=3,
+    )
     torch.save({"model": model.state_dict(), "means": means}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

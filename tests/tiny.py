@@ -41,7 +41,10 @@ def tokenizer(pad: str | None = "<|pad|>") -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(
         TEXT.splitlines(),
         trainers.BpeTrainer(
-            vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=300,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token=pad)
@@ -49,18 +52,18 @@ def tokenizer(pad: str | None = "<|pad|>") -> PreTrainedTokenizerFast:
     return fast
 
 
-_SIZES: dict[str, Any] = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    eos_token_id=1,
-    bos_token_id=None,
-)
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
 
 
 def policy(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
@@ -82,7 +85,13 @@ def policy(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
     if architecture == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1,
+                vocab_size=VOCABULARY,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                eos_token_id=1,
+                bos_token_id=1,
                 initializer_range=sizes["initializer_range"],
             )
         ).eval()
