@@ -22,7 +22,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="PPO teaches SmolLM2-135M-Instruct to answer strangers' opening messages more warmly.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of prompts order and of every draw (default 0)")
-    parser.add_argument("--updates", type=_at_least_one, default=26, help="PPO updates (default 26)")
+    parser.add_argument("--updates", type=_at_least_one, default=12, help="PPO updates (default 12)")
     parser.add_argument("--minutes", type=_above_zero, default=6.0, help="stop training by then (default 6)")
     parser.add_argument(
         "--held-out", type=_at_least_one, default=128, help="openings kept for measuring (default 128)"
@@ -69,7 +69,7 @@ def main() -> None:
     console = Console()
     clock = Clock()
     console.print(
-        "[bold]Warmer replies by PPO[/bold]: SmolLM2-135M-Instruct, strangers' openings, VADER as reward\n"
+        "[bold]Warmer replies by PPO[/bold]: SmolLM2-135M, strangers' openings, VADER as reward\n"
     )
 
     train, held_out = openings.split(openings.read_openings(), options.held_out)
@@ -141,13 +141,13 @@ def make_trainer(
     config = PPOConfig(
         output_dir=str(options.output),
         seed=options.seed,
-        # 48 replies of at most 24 tokens per update, two passes over them
+        # 48 replies of at most 24 tokens per update, two passes over them of one step each
         per_device_train_batch_size=24,
         gradient_accumulation_steps=2,
         total_episodes=48 * options.updates,
         response_length=24,
         num_ppo_epochs=2,
-        # forty nats of drift would buy more reward, and read worse
+        # drifting further would buy more reward, and read worse
         kl_coef=0.03,
         learning_rate=5e-5,
         lr_scheduler_type="constant",
