@@ -68,9 +68,7 @@ def main() -> None:
 
     console = Console()
     clock = Clock()
-    console.print(
-        "[bold]Warmer replies by PPO[/bold]: SmolLM2-135M, strangers' openings, VADER as reward\n"
-    )
+    console.print("[bold]Warmer replies by PPO[/bold]: SmolLM2-135M, strangers' openings, VADER as reward\n")
 
     train, held_out = openings.split(openings.read_openings(), options.held_out)
     with console.status("loading the model (the first time it is unpacked, which takes half a minute)"):
