@@ -146,7 +146,7 @@ def make_trainer(
         response_length=24,
         num_ppo_epochs=2,
         # drifting further would buy more reward, and read worse
-        kl_coef=0.03,
+        kl_coef=0.05,
         learning_rate=5e-5,
         lr_scheduler_type="constant",
         temperature=1.0,

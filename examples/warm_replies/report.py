@@ -203,17 +203,9 @@ def draw_curves(run: Run) -> bytes:
             axis.set_ylim(bottom=0)
     axes[0].axhline(run.before.reward, color=BEFORE, linewidth=1, linestyle="--")
     axes[0].axhline(run.after.reward, color=AFTER, linewidth=1, linestyle="--")
-    axes[0].annotate(
-        "held-out, before",
-        (1, run.before.reward),
-        (0, -10),
-        textcoords="offset points",
-        fontsize=8,
-        color=BEFORE,
-    )
-    axes[0].annotate(
-        "held-out, after", (1, run.after.reward), (0, 4), textcoords="offset points", fontsize=8, color=AFTER
-    )
+    for name, level, colour in (("before", run.before.reward, BEFORE), ("after", run.after.reward, AFTER)):
+        place = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": colour}
+        axes[0].annotate(f"held-out, {name}", (len(run.records), level), (0, 4), **place)
     return _png(figure)
 
 
