@@ -206,6 +206,17 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def check_can_be_saved(model: nn.Module) -> None:
+    """Raise a ValueError, before hours of training, for a model that transformers will refuse to save."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not is_peft(model) and not quantizer.is_serializable():
+        raise ValueError(
+            f"model: {type(model).__name__} was loaded in a quantised format that cannot be saved again "
+            f"({quantizer.quantization_config.quant_method}); copy its weights into "
+            "AutoModelForCausalLM.from_config(config) without config.quantization_config, or train an adapter"
+        )
+
+
 def recompute_activations(model: Any, options: Any = None) -> None:
     """Turn on gradient checkpointing, under the name that this version of transformers has for it."""
     new_name = getattr(model, "activation_checkpointing_enable", None)

@@ -123,6 +123,7 @@ class PPOTrainer(Trainer):
         )
 
         # --- models
+        models.check_can_be_saved(model)
         for module in (model, value_model, ref_model):
             if module is not None:
                 models.disable_dropout(module)

