@@ -108,5 +108,6 @@ $(PACKAGES_STAMP): pyproject.toml $(TORCH_STAMP)
 
 $(BUILD_STAMP): $(PACKAGES_STAMP) $(NATIVE_SOURCES)
 	@echo "set-up: compiling the kernels"
-	$(PIP) --no-build-isolation --no-deps --editable . --verbose
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -m fastppo.info
 	@touch $@
