@@ -134,7 +134,7 @@ class PPOTrainer(Trainer):
         self.is_peft_model = models.is_peft(model)
         if ref_model is None and not self.is_peft_model:
             ref_model = models.frozen_copy(model)
-        use_cache = models.text_config(model).use_cache
+        use_cache = getattr(models.text_config(model), "use_cache", True)
         models.check_head(model.eval())
         actor_critic = models.ActorCritic(model, value_model)
 
