@@ -25,6 +25,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--updates", type=_at_least_one, default=12, help="PPO updates (default 12)")
     parser.add_argument("--minutes", type=_above_zero, default=6.0, help="stop training by then (default 6)")
     parser.add_argument(
+        "--most-kl",
+        type=_above_zero,
+        default=7.0,
+        help="stop when replies have drifted so far (default 7 nats)",
+    )
+    parser.add_argument(
         "--held-out", type=_at_least_one, default=128, help="openings kept for measuring (default 128)"
     )
     parser.add_argument(
@@ -74,7 +80,7 @@ def main() -> None:
     with console.status("loading the model (the first time it is unpacked, which takes half a minute)"):
         folder = policy.model_folder()
         reward = warmth.warmth()
-        bar = progress.LiveProgress(console, options.updates, options.minutes)
+        bar = progress.LiveProgress(console, options.updates, options.minutes, options.most_kl)
         trainer, tokenizer = make_trainer(folder, train, reward, bar, options)
     clock.stop("loading")
     console.print(f"{len(train)} openings to train on, {len(held_out)} held out", highlight=False)
@@ -146,9 +152,10 @@ def make_trainer(
         response_length=24,
         num_ppo_epochs=2,
         # drifting further would buy more reward, and read worse
-        kl_coef=0.05,
-        learning_rate=5e-5,
-        lr_scheduler_type="constant",
+        kl_coef=0.03,
+        lam=1.0,  # one score at the end: its credit must reach the first words, where the tone is set
+        learning_rate=1e-4,
+        lr_scheduler_type="linear",  # big steps while there is much to learn, none at the end
         temperature=1.0,
         gradient_checkpointing=False,
         bf16=True,

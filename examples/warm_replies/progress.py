@@ -17,11 +17,14 @@ class LiveProgress(TrainerCallback):
         console: where to draw. Without a terminal, one line per update is printed instead of a bar.
         updates: updates planned.
         minutes: stop before an update that would likely end later than this; None: no limit.
+        most_kl: stop after an update whose replies were this far from the start, in nats each; None: no limit.
     """
 
-    def __init__(self, console: Console, updates: int, minutes: float | None = None) -> None:
+    def __init__(
+        self, console: Console, updates: int, minutes: float | None = None, most_kl: float | None = None
+    ) -> None:
         self.records: list[dict[str, float]] = []
-        self.console, self.updates, self.minutes = console, updates, minutes
+        self.console, self.updates, self.minutes, self.most_kl = console, updates, minutes, most_kl
         self.started = 0.0
         self.bar = Progress(
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -52,6 +55,7 @@ class LiveProgress(TrainerCallback):
         done = len(self.records)
         per_update = self.seconds / done
         last = self.minutes is not None and self.seconds + per_update > 60 * self.minutes
+        last |= self.most_kl is not None and logs["objective/kl"] > self.most_kl
         if last:
             control.should_training_stop = True
         numbers = f"reward {logs['objective/scores']:+.2f}  KL {logs['objective/kl']:4.1f}"
