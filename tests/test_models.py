@@ -93,7 +93,8 @@ def test_check_head_catches_an_architecture_it_does_not_know() -> None:
 
 
 def test_prompt_learning_is_refused_and_lora_on_the_head_too() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     prompt_tuned = peft.get_peft_model(
         tiny.policy(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
@@ -158,7 +159,8 @@ def test_to_bfloat16_keeps_rotary_frequencies_and_value_heads() -> None:
 
 
 def test_lora_reference_is_the_policy_without_its_adapter() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     base, rollout = tiny.policy(), episodes()
     (batch,) = micro_batches(rollout, [0], pad_token_id=0)
     expected = models.token_logprobs(base, batch, 1.0)[0].detach()

@@ -162,7 +162,8 @@ def test_no_pad_token_or_pad_that_is_eos(tmp_path: Path, pad: str | None) -> Non
 
 
 def test_lora_trains_only_the_adapter_against_the_bare_model(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = tiny.policy()
     frozen = {n: p.detach().clone() for n, p in base.named_parameters()}
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4)
@@ -179,7 +180,8 @@ def test_lora_trains_only_the_adapter_against_the_bare_model(tmp_path: Path) -> 
 
 
 def test_lora_on_a_bfloat16_base(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     run = trainer(
         tmp_path, bf16=True, peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=4), total_episodes=16
     )
