@@ -12,9 +12,14 @@ namespace {
 double count_true(const MaskRows& mask, Shape2d shape) {
   int64_t count = 0;
   for (int64_t row = 0; row < shape.rows; ++row) {
-    const bool* places = mask.row(row);
-    for (int64_t i = 0; i < shape.columns; ++i) {
-      count += places[i];
+    // As bytes, and in runs that a byte can count: vector code, where bools are tested one by one.
+    const auto* places = reinterpret_cast<const uint8_t*>(mask.row(row));
+    for (int64_t begin = 0; begin < shape.columns; begin += 255) {
+      uint8_t run = 0;
+      for (int64_t i = begin; i < std::min(begin + 255, shape.columns); ++i) {
+        run += places[i] != 0;
+      }
+      count += run;
     }
   }
   return static_cast<double>(count);

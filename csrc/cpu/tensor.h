@@ -71,6 +71,28 @@ struct HeldMask : MaskRows {
   }
 };
 
+// One float32 per row, in one piece: the tensor's own memory where it is that already. Null where no tensor was given.
+struct RowFloats {
+  const float* data = nullptr;
+
+  explicit RowFloats(const OptionalTensor& x) {
+    if (!x) {
+      return;
+    }
+    held_ = x;
+    if (x->scalar_type() != ScalarType::Float) {
+      held_ = torch::stable::to(*held_, std::make_optional(ScalarType::Float));
+    }
+    if (!held_->is_contiguous()) {
+      held_ = torch::stable::contiguous(*held_);
+    }
+    data = static_cast<const float*>(held_->const_data_ptr());
+  }
+
+ private:
+  OptionalTensor held_;
+};
+
 // Optional inputs: a view only where the tensor was given.
 using OptionalRows = std::optional<HeldRows>;
 
@@ -92,8 +114,18 @@ inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlo
 
 // The number in a 0-d tensor of any dtype.
 inline double number_in(const Tensor& x) {
-  const Tensor wide = torch::stable::to(x, std::make_optional(ScalarType::Double));
-  return *static_cast<const double*>(wide.const_data_ptr());
+  const void* data = x.const_data_ptr();
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return *static_cast<const double*>(data);
+    case ScalarType::Float:
+      return *static_cast<const float*>(data);
+    case ScalarType::Long:
+      return static_cast<double>(*static_cast<const int64_t*>(data));
+    default:
+      const Tensor wide = torch::stable::to(x, std::make_optional(ScalarType::Double));
+      return *static_cast<const double*>(wide.const_data_ptr());
+  }
 }
 
 constexpr int64_t kGrain = 4096; // tokens a thread should have before a second one is worth waking
@@ -115,6 +147,16 @@ template <class Function>
 void for_rows(Shape2d shape, const Function& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.columns));
   torch::stable::parallel_for(0, shape.rows, grain, f);
+}
+
+// Runs f(row) for every row.
+template <class Function>
+void for_each_whole_row(Shape2d shape, const Function& f) {
+  for_rows(shape, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      f(row);
+    }
+  });
 }
 
 } // namespace fastppo

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import library  # noqa: F401  registers torch.ops.fastppo
+from ._library import register_autograd
 
 __all__ = ["distribution_kl"]
 
@@ -76,11 +76,11 @@ def _backward(ctx: Any, grad_kl: Tensor | None, _: Any) -> tuple[Any, ...]:
     return grad if needs_logits else None, ref_grad if needs_ref_logits else None, None
 
 
-torch.library.register_autograd("fastppo::distribution_kl", _backward, setup_context=_setup_context)
+register_autograd("distribution_kl", _backward, setup_context=_setup_context)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("distribution_kl is differentiable once: its gradient has no gradient of its own")
 
 
-torch.library.register_autograd("fastppo::distribution_kl_backward", _refuse)
+register_autograd("distribution_kl_backward", _refuse)

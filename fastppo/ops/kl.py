@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.kl import KL_ESTIMATORS
-from ._library import library  # noqa: F401  registers torch.ops.fastppo
+from ._library import register_autograd
 
 __all__ = ["KL_ESTIMATORS", "kl_penalty"]
 
@@ -65,4 +65,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("fastppo::kl_penalty", _backward, setup_context=_setup_context)
+register_autograd("kl_penalty", _backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import library  # noqa: F401  registers torch.ops.fastppo
+from ._library import register_autograd
 
 __all__ = ["linear_logprobs"]
 
@@ -110,11 +110,11 @@ def _backward(
     )
 
 
-torch.library.register_autograd("fastppo::linear_logprobs", _backward, setup_context=_setup_context)
+register_autograd("linear_logprobs", _backward, setup_context=_setup_context)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("linear_logprobs is differentiable once: its gradient has no gradient of its own")
 
 
-torch.library.register_autograd("fastppo::linear_logprobs_backward", _refuse)
+register_autograd("linear_logprobs_backward", _refuse)

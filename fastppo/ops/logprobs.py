@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import library  # noqa: F401  registers torch.ops.fastppo
+from ._library import register_autograd
 
 __all__ = ["logprobs"]
 
@@ -70,11 +70,11 @@ def _backward(
     return grad, None, None
 
 
-torch.library.register_autograd("fastppo::logprobs", _backward, setup_context=_setup_context)
+register_autograd("logprobs", _backward, setup_context=_setup_context)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("logprobs is differentiable once: its gradient has no gradient of its own")
 
 
-torch.library.register_autograd("fastppo::logprobs_backward", _refuse)
+register_autograd("logprobs_backward", _refuse)

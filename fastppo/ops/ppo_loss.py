@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.ppo_loss import PPOStats
-from ._library import library  # noqa: F401  registers torch.ops.fastppo
+from ._library import register_autograd
 
 __all__ = ["PPOStats", "ppo_loss"]
 
@@ -141,4 +141,4 @@ def _backward(ctx: Any, grad_loss: Tensor, *others: Tensor) -> tuple[Tensor | No
     return tuple(out)
 
 
-torch.library.register_autograd("fastppo::ppo_loss", _backward, setup_context=_setup_context)
+register_autograd("ppo_loss", _backward, setup_context=_setup_context)
