@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> distribution_kl(const Tensor& logits, const Tensor& r
 
   std::vector<int64_t> stats_sizes(logits.sizes().begin(), logits.sizes().end());
   stats_sizes.back() = kStats;
-  const Tensor kl = empty_float(logits, Sizes(stats_sizes.data(), stats_sizes.size() - 1));
-  const Tensor stats = empty_float(logits, stats_sizes);
+  const Tensor kl = empty_float(Sizes(stats_sizes.data(), stats_sizes.size() - 1));
+  const Tensor stats = empty_float(stats_sizes);
   float *kl_out = float_data(kl), *stats_out = float_data(stats);
   for_each_row(x.rows, tiles, [&](int64_t row) {
     KlSums total;

@@ -44,7 +44,7 @@ Tensor matrix(const Tensor& buffer, int64_t rows, int64_t columns) {
 }
 
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, Sizes(sizes.begin(), sizes.size()));
+  return empty_tensor(Sizes(sizes.begin(), sizes.size()), like.scalar_type());
 }
 
 std::vector<float> as_floats(const OptionalTensor& x) {
@@ -114,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprobs(
     });
   });
 
-  const Tensor logprob = empty_float(hidden, ids.sizes()), entropy = empty_float(hidden, ids.sizes());
-  const Tensor reference = empty_float(hidden, ids.sizes()), log_sum = empty_float(hidden, ids.sizes());
+  const Tensor logprob = empty_float(ids.sizes()), entropy = empty_float(ids.sizes());
+  const Tensor reference = empty_float(ids.sizes()), log_sum = empty_float(ids.sizes());
   float *logprob_out = float_data(logprob), *entropy_out = float_data(entropy);
   float *reference_out = float_data(reference), *log_sum_out = float_data(log_sum);
   for (int64_t row = 0; row < rows; ++row) {

@@ -82,7 +82,7 @@ struct LogitRows {
 struct RowValues {
   explicit RowValues(const OptionalTensor& x) {
     if (x) {
-      held_ = torch::stable::contiguous(*x);
+      held_ = x->is_contiguous() ? x : torch::stable::contiguous(*x);
       data_ = static_cast<const float*>(held_->const_data_ptr());
     }
   }
@@ -120,7 +120,7 @@ void for_each_row(int64_t rows, int64_t tiles, const Body& body) {
 // A gradient like x, or, where nobody asked for it, an empty tensor.
 inline Tensor empty_if(bool needed, const Tensor& x) {
   const int64_t none[] = {0};
-  return torch::stable::new_empty(x, needed ? x.sizes() : Sizes(none, 1));
+  return empty_tensor(needed ? x.sizes() : Sizes(none, 1), x.scalar_type());
 }
 
 inline Tensor contiguous_ids(const Tensor& ids) { return ids.is_contiguous() ? ids : torch::stable::contiguous(ids); }

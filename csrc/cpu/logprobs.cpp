@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs(const Tensor& logits, const 
     tile_sums(x.at(row, column), x.dtype, n, inv_temperature, sums[row * tiles + tile], nullptr);
   });
 
-  const Tensor picked = empty_float(logits, ids.sizes()), entropy = empty_float(logits, ids.sizes());
-  const Tensor reference = empty_float(logits, ids.sizes()), log_sum = empty_float(logits, ids.sizes());
+  const Tensor picked = empty_float(ids.sizes()), entropy = empty_float(ids.sizes());
+  const Tensor reference = empty_float(ids.sizes()), log_sum = empty_float(ids.sizes());
   float *picked_out = float_data(picked), *entropy_out = float_data(entropy);
   float *reference_out = float_data(reference), *log_sum_out = float_data(log_sum);
   for_each_row(x.rows, tiles, [&](int64_t row) {
@@ -48,7 +48,7 @@ Tensor logprobs_backward(
   const Tensor held_ids = contiguous_ids(ids);
   const int64_t* id = id_data(held_ids);
   const LogitRows x(logits);
-  const Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  const Tensor dlogits = empty_tensor(logits.sizes(), logits.scalar_type());
   const LogitRows dx(dlogits);
   const RowValues row_grad_logprob(grad_logprobs), row_grad_entropy(grad_entropy);
   const RowValues row_entropy(entropy), row_reference(reference), row_log_sum(log_sum);

@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
   check_number("ppo_loss", "normalizer", tokens, tokens > 0 && std::isfinite(tokens), "above 0 and finite");
 
   const Tensor grad_logprobs = empty_float(new_logprobs);
-  const Tensor grad_values = new_values ? empty_float(new_logprobs) : empty_float(new_logprobs, {0});
-  const Tensor grad_entropy = entropy ? empty_float(new_logprobs) : empty_float(new_logprobs, {0});
+  const Tensor grad_values = new_values ? empty_float(new_logprobs) : empty_tensor({0}, ScalarType::Float);
+  const Tensor grad_entropy = entropy ? empty_float(new_logprobs) : empty_tensor({0}, ScalarType::Float);
   const PpoArgs args{
       new_logprob_rows,
       logprob_rows,
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
     double& largest = total.of[kRatioMax]; // NaN from either side stays
     largest = largest >= part.of[kRatioMax] || largest != largest ? largest : part.of[kRatioMax];
   }
-  const Tensor loss = empty_float(new_logprobs, {}), stats = empty_float(new_logprobs, {kPpoStats});
+  const Tensor loss = empty_tensor({}, ScalarType::Float), stats = empty_tensor({kPpoStats}, ScalarType::Float);
   for (int stat = 0; stat < kPpoStats; ++stat) {
     total.of[stat] /= stat == kRatioMax ? 1.0 : tokens;
     float_data(stats)[stat] = static_cast<float>(total.of[stat]);

@@ -311,9 +311,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(
     }
   }
 
-  const Tensor ids = torch::stable::new_empty(logits, counters.sizes(), std::make_optional(ScalarType::Long));
-  const Tensor policy = empty_float(logits, counters.sizes()), sampling = empty_float(logits, counters.sizes());
-  const Tensor entropy = empty_float(logits, counters.sizes());
+  const Tensor ids = empty_tensor(counters.sizes(), ScalarType::Long);
+  const Tensor policy = empty_float(counters.sizes()), sampling = empty_float(counters.sizes());
+  const Tensor entropy = empty_float(counters.sizes());
   auto* id_out = static_cast<int64_t*>(ids.mutable_data_ptr());
   float *policy_out = float_data(policy), *sampling_out = float_data(sampling), *entropy_out = float_data(entropy);
   torch::stable::parallel_for(0, x.rows, 1, [&](int64_t begin, int64_t end) {

@@ -10,6 +10,7 @@ From torch::stable::Tensor to the plain views of cpu/rows.h, for the registratio
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 namespace fastppo {
@@ -102,11 +103,26 @@ inline OptionalRows optional_rows(const OptionalTensor& x) {
 
 inline Rows rows_or_none(const OptionalRows& x) { return x ? static_cast<Rows>(*x) : Rows{}; }
 
-inline Tensor empty_float(const Tensor& like, Sizes sizes) {
-  return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
+// A contiguous tensor of this backend. torch::stable::new_empty looks its op up by name at every call, which takes
+// longer than the allocation; an op on a few tokens is mostly allocations.
+inline Tensor empty_tensor(Sizes sizes, ScalarType dtype) {
+  std::array<int64_t, 16> strides;
+  check(sizes.size() <= strides.size(), "empty_tensor", "at most 16 dimensions are supported, got ", sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes[i]);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
-inline Tensor empty_float(const Tensor& like) { return empty_float(like, like.sizes()); }
+inline Tensor empty_float(Sizes sizes) { return empty_tensor(sizes, ScalarType::Float); }
+
+inline Tensor empty_float(const Tensor& like) { return empty_float(like.sizes()); }
 
 inline float* float_data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_autograd
+from ._library import call, register_autograd
 
 __all__ = ["distribution_kl"]
 
@@ -38,7 +38,7 @@ def distribution_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 
     Raises:
         ValueError: a shape, dtype, device or number is not as above; the message names it.
     """
-    return torch.ops.fastppo.distribution_kl.default(logits, ref_logits, temperature)[0]
+    return call(torch.ops.fastppo.distribution_kl.default, logits, ref_logits, temperature)[0]
 
 
 @torch.library.register_fake("fastppo::distribution_kl")
@@ -70,8 +70,13 @@ def _backward(ctx: Any, grad_kl: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad_kl is None:
         return None, None, None
     needs_logits, needs_ref_logits, _ = ctx.needs_input_grad
-    grad, ref_grad = torch.ops.fastppo.distribution_kl_backward.default(
-        grad_kl, *ctx.saved_tensors, ctx.temperature, needs_logits, needs_ref_logits
+    grad, ref_grad = call(
+        torch.ops.fastppo.distribution_kl_backward.default,
+        grad_kl,
+        *ctx.saved_tensors,
+        ctx.temperature,
+        needs_logits,
+        needs_ref_logits,
     )
     return grad if needs_logits else None, ref_grad if needs_ref_logits else None, None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.kl import KL_ESTIMATORS
-from ._library import register_autograd
+from ._library import call, register_autograd
 
 __all__ = ["KL_ESTIMATORS", "kl_penalty"]
 
@@ -37,7 +37,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     Raises:
         ValueError: a shape, dtype, device or the estimator is not as above; the message names it.
     """
-    return torch.ops.fastppo.kl_penalty.default(logprobs, ref_logprobs, estimator)
+    return call(torch.ops.fastppo.kl_penalty.default, logprobs, ref_logprobs, estimator)
 
 
 @torch.library.register_fake("fastppo::kl_penalty")
@@ -57,7 +57,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     logprobs, ref_logprobs = ctx.saved_tensors
-    out = torch.ops.fastppo.kl_penalty_backward.default(grad, logprobs, ref_logprobs, ctx.estimator)
+    out = call(torch.ops.fastppo.kl_penalty_backward.default, grad, logprobs, ref_logprobs, ctx.estimator)
     return (
         out.to(logprobs.dtype) if ctx.needs_input_grad[0] else None,
         -out.to(ref_logprobs.dtype) if ctx.needs_input_grad[1] else None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_autograd
+from ._library import call, register_autograd
 
 __all__ = ["linear_logprobs"]
 
@@ -56,8 +56,15 @@ def linear_logprobs(
         ValueError: a shape, dtype, device or number is not as above; the message names it, and for ``ids``
             the first bad position.
     """
-    return torch.ops.fastppo.linear_logprobs.default(
-        hidden, weight, ids, bias, temperature, softcap, logit_scale
+    return call(
+        torch.ops.fastppo.linear_logprobs.default,
+        hidden,
+        weight,
+        ids,
+        bias,
+        temperature,
+        softcap,
+        logit_scale,
     )[:2]
 
 
@@ -90,7 +97,8 @@ def _backward(
     needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 7
-    grad_hidden, grad_weight, grad_bias = torch.ops.fastppo.linear_logprobs_backward.default(
+    grad_hidden, grad_weight, grad_bias = call(
+        torch.ops.fastppo.linear_logprobs_backward.default,
         grad_logprobs,
         grad_entropy,
         *ctx.saved_tensors,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import register_autograd
+from ._library import call, register_autograd
 
 __all__ = ["logprobs"]
 
@@ -38,7 +38,7 @@ def logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> tuple[
         ValueError: a shape, dtype, device or number is not as above; the message names it, and for ``ids``
             the first bad position.
     """
-    return torch.ops.fastppo.logprobs.default(logits, ids, temperature)[:2]
+    return call(torch.ops.fastppo.logprobs.default, logits, ids, temperature)[:2]
 
 
 @torch.library.register_fake("fastppo::logprobs")
@@ -64,8 +64,12 @@ def _backward(
 ) -> tuple[Any, ...]:
     if grad_logprobs is None and grad_entropy is None:
         return None, None, None
-    grad = torch.ops.fastppo.logprobs_backward.default(
-        grad_logprobs, grad_entropy, *ctx.saved_tensors, ctx.temperature
+    grad = call(
+        torch.ops.fastppo.logprobs_backward.default,
+        grad_logprobs,
+        grad_entropy,
+        *ctx.saved_tensors,
+        ctx.temperature,
     )
     return grad, None, None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.ppo_loss import PPOStats
-from ._library import register_autograd
+from ._library import call, register_autograd
 
 __all__ = ["PPOStats", "ppo_loss"]
 
@@ -81,7 +81,8 @@ def ppo_loss(
     """
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=new_logprobs.device)
-    loss, stats, *_ = torch.ops.fastppo.ppo_loss.default(
+    loss, stats, *_ = call(
+        torch.ops.fastppo.ppo_loss.default,
         new_logprobs,
         logprobs,
         advantages,
