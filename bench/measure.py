@@ -136,23 +136,20 @@ def prepare(
     compare = agree or Close(dtype, tolerance or {})
     arguments = inputs()
     extra: dict[str, int] = {}
+    results: dict[str, Any] = {}
     for variant in listed if memory else []:
         if variant.kind in ("ours", "eager", "peer") and variant.kind not in extra:
             call = partial(variant.function, *arguments)
             # Of others, not what their first call leaves behind: it may have imported them.
-            extra[variant.kind] = extra_memory(call, count_kept=variant.kind == "ours")
-    expected = check["fastppo"]() if check else ours(*arguments)
-    expected_by_peers = expected
-    if peers and peers_agree_on is not None:
-        peer_arguments = peers_agree_on()
-        expected_by_peers = ours(*peer_arguments)
+            results[variant.name], extra[variant.kind] = extra_memory(call, count_kept=variant.kind == "ours")
+    peer_arguments = peers_agree_on() if peers and peers_agree_on is not None else None
+    expected = result_of(listed[0], arguments, results, check)
+    expected_by_peers = expected if peer_arguments is None else ours(*peer_arguments)
     for variant in listed:
-        if variant.kind == "peer" and peers_agree_on is not None:
+        if variant.kind == "peer" and peer_arguments is not None:
             result, wanted, given = variant.function(*peer_arguments), expected_by_peers, peer_arguments
-        elif check is not None:
-            result, wanted, given = check[variant.name](), expected, arguments
         else:
-            result, wanted, given = variant.function(*arguments), expected, arguments
+            result, wanted, given = result_of(variant, arguments, results, check), expected, arguments
         try:
             compare(variant.name, result, wanted, given)
         except AssertionError as error:
@@ -166,6 +163,18 @@ def prepare(
     name = str(dtype).removeprefix("torch.")
     bytes_moved = bytes_moved or result_bytes(arguments)
     return Case(op, shape, name, hot, inputs, listed, bytes_moved, extra, seconds, min_rounds)
+
+
+def result_of(
+    variant: Variant,
+    arguments: tuple[Any, ...],
+    results: dict[str, Any],
+    check: dict[str, Callable[[], Any]] | None,
+) -> Any:
+    """What is compared: of a variant that works in place its check, else its result, which may be there already."""
+    if check is not None:
+        return check[variant.name]()
+    return results.pop(variant.name) if variant.name in results else variant.function(*arguments)
 
 
 class Close:

@@ -37,8 +37,8 @@ def peak_of(function: Callable[[], Any]) -> tuple[Any, int]:
     return result, max(0, status("VmHWM") - before)
 
 
-def extra_memory(function: Callable[[], Any], *, count_kept: bool = True) -> int:
-    """Bytes that a call of `function` needs beyond its inputs and its results.
+def extra_memory(function: Callable[[], Any], *, count_kept: bool = True) -> tuple[Any, int]:
+    """(result, bytes): what a call returns, and the bytes it needs beyond that and its inputs.
 
     Two calls, because the first one also does what happens only once, such as reading the program's pages. What it
     leaves behind (buffers kept for the next call) counts too, if this is the first call at all and `count_kept`.
@@ -49,7 +49,7 @@ def extra_memory(function: Callable[[], Any], *, count_kept: bool = True) -> int
     settle()
     kept = max(0, status("RssAnon") - before) if count_kept else 0
     result, peak = peak_of(function)
-    return max(0, kept + peak - result_bytes(result))
+    return result, max(0, kept + peak - result_bytes(result))
 
 
 def tensors(result: Any) -> list[Tensor]:
