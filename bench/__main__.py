@@ -1,8 +1,9 @@
 """Every op in one table: `make bench`.
 
-`make bench ARGS="logprobs sample"` measures some concepts, `ARGS=--quick` one case per op in about three minutes.
-Writes runs/bench/ops.json, ops.md and ops.png, and pytest-benchmark's own JSON; a partial run writes files of its
-own name, so that it does not replace the whole.
+`make bench ARGS="logprobs sample"` measures some concepts, `ARGS=--quick` one case per op, `ARGS=--report` nothing: it
+prints the tables again, for example after `make bench-scaling`. Writes runs/bench/ops.json, ops.md and ops.png, and
+pytest-benchmark's own JSON of each concept; what a partial run makes of them has a name of its own, so that it does
+not replace the whole.
 """
 
 from __future__ import annotations
@@ -34,24 +35,36 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one case per op, torch.compile in one mode")
     parser.add_argument("--seconds", type=float, default=0.7, help="time for each variant of a case")
+    parser.add_argument("--report", action="store_true", help="measure nothing, show the last figures")
     options = parser.parse_args()
     stem = "-".join(["ops", *options.concepts, *["quick"] * options.quick])
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    raw = FOLDER / f"{stem}-pytest-benchmark.json"
-    run(options.concepts or CONCEPTS, options.quick, options.seconds, raw)
-    rows = rows_of(json.loads(raw.read_text())["benchmarks"])
+    files = {concept: raw_file(concept, options.quick) for concept in options.concepts or CONCEPTS}
+    if not options.report:
+        for concept, file in files.items():
+            run(concept, options.quick, options.seconds, file)
+    missing = [concept for concept, file in files.items() if not file.exists()]
+    if missing:
+        raise SystemExit(f"not measured yet: {', '.join(missing)}")
+    rows = rows_of(one for file in files.values() for one in json.loads(file.read_text())["benchmarks"])
     scaling = FOLDER / "scaling.json"
     report(rows, json.loads(scaling.read_text()) if scaling.exists() else {}, stem)
 
 
-def run(concepts: Any, quick: bool, seconds: float, raw: Path) -> None:
-    """All benchmarks in one process of pytest, which prints a line per case."""
+def raw_file(concept: str, quick: bool) -> Path:
+    """Where pytest-benchmark leaves the figures of a concept."""
+    return FOLDER / "pytest-benchmark" / f"{concept}{'-quick' if quick else ''}.json"
+
+
+def run(concept: str, quick: bool, seconds: float, raw: Path) -> None:
+    """All benchmarks of a concept, in a process of pytest of its own, which prints a line per case."""
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.unlink(missing_ok=True)
     command = [
-        *(sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--capture=no", "--benchmark-quiet"),
-        *("-o", "python_files=*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"),
+        *(sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--capture=no", "--tb=short"),
+        *("-o", "python_functions=bench_*", "-p", "no:cacheprovider", "--benchmark-quiet"),
         *(f"--benchmark-max-time={seconds}", "--benchmark-min-rounds=5", f"--benchmark-json={raw}"),
         *(["--quick"] if quick else []),
-        *(f"bench/{concept}.py" for concept in concepts),
+        f"bench/{concept}.py",
     ]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
@@ -71,8 +84,8 @@ def report(rows: list[Row], scaling: dict[str, Any], stem: str) -> None:
     print(f"\n{line}, {machine['threads']} threads; medians of rounds in which all variants took turns\n")
     print(table(rows))
     print("\n× floor: our time over the floor's; × eager, compile, peer: how many times as fast we are\n")
-    print(goals_table(found))
-    if not scaling:
+    print(goals_table(found if stem == "ops" else [one for one in found if one.met is not None]))
+    if not scaling and stem == "ops":
         print("\nthreads and slopes: make bench-scaling, then this table again")
     print("\nwrote " + ", ".join(str(path.relative_to(ROOT)) for path in files.values()))
 

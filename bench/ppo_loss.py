@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -121,10 +122,19 @@ class WithGradients:
         return WithGradients(with_compiled(self.loss, mode), self.count)
 
 
+def step(b: int, t: int) -> Tensor:
+    """How far the update has moved log-probs or values: never onto the edge of a clip, where rounding decides."""
+    moved = 0.1 * torch.randn(b, t)
+    edges = (math.log(1 - CLIP), math.log(1 + CLIP), -VALUE_CLIP, VALUE_CLIP)
+    for edge in edges:
+        moved = torch.where((moved - edge).abs() < 1e-4, 0.0, moved)
+    return moved
+
+
 def inputs(b: int, t: int, full: bool = False) -> tuple[Tensor, ...]:
     logprobs, values = -torch.rand(b, t), torch.randn(b, t)
-    new_logprobs = (logprobs + 0.1 * torch.randn(b, t)).requires_grad_()
-    new_values = (values + 0.1 * torch.randn(b, t)).requires_grad_()
+    new_logprobs = (logprobs + step(b, t)).requires_grad_()
+    new_values = (values + step(b, t)).requires_grad_()
     entropy = torch.rand(b, t).requires_grad_()
     mask = torch.arange(t) < (t if full else torch.randint(1, t + 1, (b, 1)))
     ref_logprobs = logprobs + 0.1 * torch.randn(b, t)
