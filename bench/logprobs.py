@@ -48,7 +48,7 @@ def inputs(n: int, v: int, dtype: torch.dtype, requires_grad: bool = False) -> t
     (4096, 49152, BF16, MODES[:1]),
     (1, 151936, F32, ()),
     (512, 151936, F32, ()),
-    readme(512, 151936, BF16, MODES[:1]),
+    (512, 151936, BF16, MODES[:1]),
 )
 def bench_logprobs(
     measure: Callable[..., None], n: int, v: int, dtype: torch.dtype, modes: tuple[str, ...]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import MODES, quick, reading, readme, sizes, with_compiled
+from bench.measure import MODES, quick, reading, sizes, with_compiled
 from bench.peers import trl_ppo_loss
 from fastppo import ops, reference
 
@@ -172,7 +172,7 @@ def bench_ppo_loss(measure: Callable[..., None], b: int, t: int, modes: tuple[st
     )
 
 
-@sizes("b, t", readme(64, 512))
+@sizes("b, t", (64, 512))
 def bench_ppo_loss_trl(measure: Callable[..., None], b: int, t: int) -> None:
     """The terms that TRL's loss has: policy and value."""
     measure(

@@ -164,9 +164,9 @@ def progress(case: Case, timings: dict[str, Timing]) -> str:
 INK, MUTED, GRID = "#0b0b0b", "#5f5e5a", "#e4e3df"
 SIDES = (  # kind, colour, marker, what the legend says
     ("ours", "#2a78d6", "o", "fastppo"),
-    ("compile", "#1baf7a", "s", "torch.compile (best mode)"),
-    ("peer", "#e0912b", "D", "strongest peer (TRL, Hugging Face, fused AdamW)"),
-    ("eager", "#a9a8a3", "o", "plain torch (best form)"),
+    ("compile", "#1baf7a", "s", "torch.compile (faster mode)"),
+    ("peer", "#e0912b", "D", "TRL, Hugging Face, fused AdamW"),
+    ("eager", "#a9a8a3", "o", "plain torch (fastest form)"),
 )
 
 
@@ -196,7 +196,7 @@ def draw(rows: Sequence[Row], path: Path, machine: str = "") -> None:
             axis.plot(x, y, marker, color=colour, ms=9 if kind == "ours" else 7, label=label, zorder=3, ls="")
         for kind, x, above in places(points):
             colour = INK if kind == "ours" else MUTED
-            text = f"{x:.1f}" if x < 9.95 else f"{x:.0f}"
+            text = f"{x:.2g}" if x < 9.95 else f"{x:.0f}"
             axis.annotate(
                 text,
                 (x, y),

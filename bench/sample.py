@@ -100,11 +100,11 @@ def consistent(settings: dict[str, Any]) -> Callable[[str, Any, Any, tuple[Any, 
 
 
 def exp_sum(b: int, v: int, dtype: torch.dtype) -> dict[str, Function]:
-    """The arithmetic that a row needs at least, on rows that stay in the cache."""
-    block = torch.randn(b, v)
+    """The arithmetic that a row needs at least, on rows that stay in the cache, into memory that is already there."""
+    block, wide, narrow = torch.randn(b, v), torch.empty(b, v), torch.empty(b, v, dtype=dtype)
     return {
-        "exp-sum float32": lambda *_: block.exp().sum(-1),
-        f"exp-sum {str(dtype).removeprefix('torch.')}": lambda logits, *_: logits.exp().sum(-1),
+        "exp-sum in float32": lambda *_: torch.exp(block, out=wide).sum(-1),
+        "exp-sum in the dtype": lambda logits, *_: torch.exp(logits, out=narrow).sum(-1),
     }
 
 
@@ -113,7 +113,7 @@ def exp_sum(b: int, v: int, dtype: torch.dtype) -> dict[str, Function]:
     quick(16, 49152, BF16, "", False),
     quick(16, 49152, BF16, "top-k, top-p, min-p", False),
     readme(16, 49152, F32, "", False),
-    readme(16, 49152, F32, "top-k, top-p, min-p", False),
+    (16, 49152, F32, "top-k, top-p, min-p", False),
     *((b, 49152, dtype, "", False) for b in (1, 4, 64) for dtype in (F32, BF16)),
     *((b, 49152, dtype, "", True) for b in (1, 4, 16, 64) for dtype in (F32, BF16)),
     *((b, 49152, dtype, "top-k, top-p, min-p", False) for b in (1, 4, 64) for dtype in (F32, BF16)),

@@ -263,6 +263,18 @@ def test_markdown_has_only_rows_that_compare(rows):
     assert len(text.splitlines()) == 3 and "logprobs call" not in text
 
 
+def test_the_short_table_holds_every_case_chosen_for_it():
+    chosen = [
+        case.id
+        for concept in CONCEPTS
+        for function in benchmarks(concept)
+        if not function.__name__.endswith("_call")
+        for case in function.pytestmark[0].args[1]
+        if hasattr(case, "id")
+    ]
+    assert len(chosen) <= inspect.signature(report.short).parameters["limit"].default
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.5, "1.5 s"), (0.0123, "12.3 ms"), (1e-3, "1 ms"), (9.15e-6, "9.15 µs")]
 )
