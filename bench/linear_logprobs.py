@@ -92,7 +92,7 @@ def bench_linear_logprobs_backward(
 def bench_linear_logprobs_memory(
     measure: Callable[..., None], n: int, h: int, v: int, dtype: torch.dtype
 ) -> None:
-    """A vocabulary at which the logits alone are 1.2 GB: for our memory, so one round, and no peer (a minute a call)."""
+    """A vocabulary at which the logits alone are 1.2 GB: for our memory, so one round, and no peer."""
     measure(
         "linear_logprobs forward + backward",
         f"[{n}, {h}] → {v}",
