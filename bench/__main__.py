@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.goals import goals_table, outcomes
 from bench.machine import describe
-from bench.report import Row, as_json, draw, markdown, rows_of, short, table
+from bench.report import Row, as_json, disturbed, draw, markdown, rows_of, short, table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "bench"
@@ -85,6 +85,8 @@ def report(rows: list[Row], scaling: dict[str, Any], stem: str) -> None:
     print(table(rows))
     print("\n× floor: our time over the floor's; × eager, compile, peer: how many times as fast we are\n")
     print(goals_table(found if stem == "ops" else [one for one in found if one.met is not None]))
+    if note := disturbed(rows):
+        print(f"\n{note}")
     if not scaling and stem == "ops":
         print("\nthreads and slopes: make bench-scaling, then this table again")
     print("\nwrote " + ", ".join(str(path.relative_to(ROOT)) for path in files.values()))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.machine import Others
 from bench.measure import MODES, Case, prepare
 from bench.report import progress
 from bench.timing import Timing, interleave, rotating
@@ -33,6 +34,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
         if not benchmark.enabled:
             benchmark(lambda: None)
             return
+        others = Others()
         timings = interleave(
             {f"{v.kind} {v.name}": v.function for v in case.variants},
             rotating(case.inputs, case.hot),
@@ -40,14 +42,15 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
             seconds=case.seconds or float(request.config.getoption("benchmark_max_time")),
             min_rounds=case.min_rounds or int(request.config.getoption("benchmark_min_rounds")),
         )
+        share = others.share()
         in_readme = request.node.name.split("[")[-1].startswith(("quick-", "readme-"))
-        store(benchmark, case, timings, in_readme)
-        print(progress(case, timings), file=sys.stderr, flush=True)
+        store(benchmark, case, timings, in_readme, share)
+        print(progress(case, timings, share), file=sys.stderr, flush=True)
 
     return run
 
 
-def store(benchmark: Any, case: Case, timings: dict[str, Timing], in_readme: bool) -> None:
+def store(benchmark: Any, case: Case, timings: dict[str, Timing], in_readme: bool, others: float) -> None:
     """One entry of pytest-benchmark per variant. Its own modes time one function per test and cannot take turns.
 
     This is the one place that uses more of pytest-benchmark than its fixture offers in public: `_make_stats` opens an
@@ -68,6 +71,7 @@ def store(benchmark: Any, case: Case, timings: dict[str, Timing], in_readme: boo
             "bytes": case.bytes_moved,
             "extra_memory": case.extra.get(variant.kind),
             "readme": in_readme,
+            "others": others,
         }
         stats = benchmark._make_stats(timing.loops)
         for seconds in timing.seconds:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,29 @@ def cache_bytes(level: int) -> int:
 def last_level_bytes() -> int:
     """What inputs have to exceed, several times over, to be cold."""
     return max(cache_bytes(level) for level in (1, 2, 3))
+
+
+class Others:
+    """Share of the processors that other processes used since this was made.
+
+    With every core wanted twice, a call on all threads waits for whole time slices of the scheduler (8 ms here): such
+    figures say nothing, and the tables name them.
+    """
+
+    def __init__(self) -> None:
+        self.start = self.seconds()
+
+    @staticmethod
+    def seconds() -> tuple[float, float, float]:
+        """Wall time, processor time of all processes and of this one."""
+        ticks = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        busy = sum(ticks) - ticks[3] - ticks[4]  # idle, and waiting for a disk
+        times = os.times()
+        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), times.user + times.system
+
+    def share(self) -> float:
+        wall, busy, own = (now - then for now, then in zip(self.seconds(), self.start, strict=True))
+        return max(0.0, min(1.0, (busy - own) / (wall * (os.cpu_count() or 1)))) if wall > 0.05 else 0.0
 
 
 def describe() -> dict[str, Any]:

@@ -25,6 +25,7 @@ HEAD = (
     "extra memory",
 )
 MISSING = "–"
+QUIET = 0.05  # share of the processors that others may use
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Row:
     state: str  # "cold": inputs come from memory; "hot": they are in the cache
     bytes: int
     readme: bool = False
+    others: float = 0.0  # share of the processors that other processes used meanwhile
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     extra_memory: dict[str, int] = field(default_factory=dict)
 
@@ -66,7 +68,9 @@ def rows_of(benchmarks: Iterable[dict[str, Any]]) -> list[Row]:
     for one in benchmarks:
         info = one["extra_info"]
         key = (info["op"], info["shape"], info["dtype"], info["state"])
-        row = rows.setdefault(key, Row(*key, bytes=info["bytes"], readme=info["readme"]))
+        row = rows.setdefault(
+            key, Row(*key, bytes=info["bytes"], readme=info["readme"], others=info["others"])
+        )
         row.seconds.setdefault(info["kind"], {})[info["variant"]] = one["stats"]["median"]
         if info["extra_memory"] is not None:
             row.extra_memory[info["kind"]] = info["extra_memory"]
@@ -150,13 +154,27 @@ def short(rows: Sequence[Row], limit: int = 16) -> list[Row]:
     return [row for row in rows if row.readme and len(row.seconds) > 1][:limit]
 
 
-def progress(case: Case, timings: dict[str, Timing]) -> str:
+def disturbed(rows: Sequence[Row]) -> str:
+    """Which rows were measured while others used the machine, in words; empty when none was."""
+    found = [row for row in rows if row.others > QUIET]
+    if not found:
+        return ""
+    worst = max(found, key=lambda row: row.others)
+    return (
+        f"NOT QUIET: during {len(found)} of {len(rows)} rows other processes used more than {100 * QUIET:.0f} % of the "
+        f"processors ({100 * worst.others:.0f} % during {worst.op} {worst.label}); measure those again"
+    )
+
+
+def progress(case: Case, timings: dict[str, Timing], others: float = 0.0) -> str:
     """One line while the benchmark runs: every variant's median."""
     medians = ", ".join(
         f"{variant.name} {time_text(timings[f'{variant.kind} {variant.name}'].median)}"
         for variant in case.variants
     )
-    return f"{case.op} {case.shape} {case.dtype} {'hot' if case.hot else 'cold'}: {medians}"
+    state = "hot" if case.hot else "cold"
+    note = f" (others used {100 * others:.0f} % of the processors)" if others > QUIET else ""
+    return f"{case.op} {case.shape} {case.dtype} {state}: {medians}{note}"
 
 
 # The picture

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from bench import distribution_kl, gae, linear_logprobs, logprobs, ppo_loss, sample
-from bench.machine import describe
+from bench.machine import Others, describe
 from bench.measure import with_backward
-from bench.report import aligned, time_text
+from bench.report import QUIET, aligned, time_text
 from bench.timing import interleave, rotating
 from fastppo import ops
 
@@ -106,11 +106,11 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         print(json.dumps(thread_cases(chosen, options.seconds)))
         return
-    result = {
-        "machine": describe(),
-        "curves": curves(chosen, options.seconds),
-        "threads": speedups(chosen, options.seconds),
-    }
+    result: dict[str, Any] = {"machine": describe()}
+    others = Others()
+    result["curves"] = curves(chosen, options.seconds)
+    result["others"] = others.share()
+    result["threads"] = speedups(chosen, options.seconds)
     FOLDER.mkdir(parents=True, exist_ok=True)
     stem = "scaling" if len(chosen) == len(OPS) else "scaling-" + "-".join(options.ops)
     (FOLDER / f"{stem}.json").write_text(json.dumps(result, indent=1))
@@ -158,6 +158,7 @@ def thread_cases(chosen: Sequence[Op], seconds: float) -> list[dict[str, Any]]:
     found = []
     for op in chosen:
         for state, n in (("hot", op.in_cache), ("cold", op.in_memory)):
+            others = Others()
             seconds_each = time_of(op, n, 49152, seconds, hot=state == "hot")
             found.append(
                 {
@@ -166,6 +167,7 @@ def thread_cases(chosen: Sequence[Op], seconds: float) -> list[dict[str, Any]]:
                     "state": state,
                     "row_op": op.row_op,
                     "seconds": seconds_each,
+                    "others": others.share(),
                 }
             )
     return found
@@ -192,6 +194,7 @@ def speedups(chosen: Sequence[Op], seconds: float) -> list[dict[str, Any]]:
         found.append(
             case
             | {
+                "others": max(run[i]["others"] for count in counts for run in runs[count]),
                 "seconds": {str(count): medians[count] for count in counts},
                 "speedup": {str(count): medians[1] / medians[count] for count in counts},
             }
@@ -222,11 +225,17 @@ def tables(result: dict[str, Any]) -> str:
         )
         for one in result["threads"]
     ]
+    others = max(result.get("others", 0.0), *(one.get("others", 0.0) for one in result["threads"]))
     counts = [f"{count} threads" for count in result["threads"][0]["seconds"]]
     return (
         aligned(("op", "against", "time", "slope"), slopes, left=2)
         + "\n\n"
         + aligned(("op", "shape", "cache", *counts), threads, left=3)
+        + (
+            f"\n\nNOT QUIET: others used up to {100 * others:.0f} % of the processors"
+            if others > QUIET
+            else ""
+        )
     )
 
 
@@ -261,8 +270,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.legend(frameon=False, fontsize=8, loc="upper left", title="slope of log time", title_fontsize=8)
         low, high = axis.get_ylim()
         axis.set_ylim(low, high * 30)  # room for the legend
-    by_n.set_xticks(COUNTS, [str(n) for n in COUNTS], fontsize=8)
-    by_v.set_xticks(VOCABULARIES, [f"{v // 1024}k" for v in VOCABULARIES], fontsize=8)
+    by_n.set_xticks([4**i for i in range(7)], [str(4**i) for i in range(7)], fontsize=8)
+    by_v.set_xticks(VOCABULARIES, [f"{round(v / 1000)}k" for v in VOCABULARIES], fontsize=8)
     by_n.axvspan(256, COUNTS[-1], color=GRID, alpha=0.4, zorder=0)
     by_v.axvspan(16384, VOCABULARIES[-1], color=GRID, alpha=0.4, zorder=0)
     bars(by_threads, result["threads"], colours)

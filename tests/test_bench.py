@@ -5,15 +5,17 @@ import importlib
 import inspect
 import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastppo.ops
-from bench import goals, memory, peers, report, scaling, timing
+from bench import goals, machine, memory, peers, report, scaling, timing
 from bench.__main__ import CONCEPTS
 from bench.measure import prepare, with_backward
 from bench.report import Row
@@ -221,7 +223,14 @@ def test_a_peer_that_cannot_be_installed_is_an_error(monkeypatch, tmp_path):
 
 
 def entry(op, kind, variant, median, **info):
-    facts = {"shape": "[512, 49152]", "dtype": "float32", "state": "cold", "bytes": 1000, "readme": True}
+    facts = {
+        "shape": "[512, 49152]",
+        "dtype": "float32",
+        "state": "cold",
+        "bytes": 1000,
+        "readme": True,
+        "others": 0.0,
+    }
     facts |= {"extra_memory": None, "op": op, "kind": kind, "variant": variant, **info}
     return {"extra_info": facts, "stats": {"median": median}}
 
@@ -284,6 +293,29 @@ def test_times_read_well(seconds, text):
 
 def test_rows_survive_json(rows):
     assert report.from_json(json.loads(json.dumps(report.as_json(rows)))) == rows
+
+
+def test_rows_measured_beside_other_work_are_named(rows):
+    assert report.disturbed(rows) == ""
+    rows[1].others = 0.4
+    assert "during 1 of 2 rows" in report.disturbed(rows) and "40 % during logprobs call" in report.disturbed(
+        rows
+    )
+
+
+def test_work_of_other_processes_is_seen():
+    own = machine.Others()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    quiet = own.share()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        others = machine.Others()
+        time.sleep(1)
+        loud = others.share()
+        process.kill()
+    assert loud > 0.5 / (os.cpu_count() or 1)
+    assert 0 <= quiet <= 1
 
 
 def test_goals_say_met_missed_or_not_measured(rows):
