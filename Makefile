@@ -3,6 +3,7 @@
 #
 #   make demo ARGS="--seed 1"        options for the demo
 #   make test TESTS=tests/ops        a part of the suite
+#   make bench ARGS="logprobs gae"   some concepts of the benchmark
 #   make build FASTPPO_CUDA=1        demand the CUDA kernels (default: built when the toolkit is found)
 #   make build TORCH=torch==2.13.0   another torch, 2.10 or newer
 #   make ... PYTHON=python3.12       another interpreter, for a fresh .venv
@@ -49,7 +50,7 @@ export REQUIREMENTS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test bench bench-iteration format lint clean
+.PHONY: help setup build demo test bench bench-scaling bench-iteration format lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +63,11 @@ demo: $(BUILD_STAMP)  ## PPO on a real model in about 6 minutes: before/after ta
 test: $(BUILD_STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
-bench: $(BUILD_STAMP)  ## every op against plain torch and torch.compile
+bench: $(BUILD_STAMP)  ## every op against plain torch, torch.compile, TRL, and its floor; ARGS=--quick for the gist
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-scaling: $(BUILD_STAMP)  ## time of each op against tokens, vocabulary and threads
+	@$(BIN)/python -m bench.scaling $(ARGS)
 
 bench-iteration: $(BUILD_STAMP)  ## a whole PPO iteration against TRL 1.12: time by room, peak memory
 	@$(BIN)/python -m bench.iteration $(ARGS)

@@ -1,95 +1,95 @@
-"""Every op in one table: `make bench`, or `python -m bench gae sample` for some."""
+"""Every op in one table: `make bench`.
+
+`make bench ARGS="logprobs sample"` measures some concepts, `ARGS=--quick` one case per op, `ARGS=--report` nothing: it
+prints the tables again, for example after `make bench-scaling`. Writes runs/bench/ops.json, ops.md and ops.png, and
+pytest-benchmark's own JSON of each concept; what a partial run makes of them has a name of its own, so that it does
+not replace the whole.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.goals import goals_table, outcomes
+from bench.machine import describe
+from bench.report import Row, as_json, disturbed, draw, markdown, rows_of, short, table
+
 ROOT = Path(__file__).resolve().parents[1]
-CONCEPTS = ("sample", "logprobs", "linear_logprobs", "kl", "gae", "ppo_loss")
+FOLDER = ROOT / "runs" / "bench"
+CONCEPTS = ("sample", "logprobs", "linear_logprobs", "distribution_kl", "kl", "gae", "ppo_loss", "adamw")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "concepts", nargs="*", choices=[[], *CONCEPTS], help=f"of {', '.join(CONCEPTS)}; default: all"
     )
+    parser.add_argument("--quick", action="store_true", help="one case per op, torch.compile in one mode")
+    parser.add_argument("--seconds", type=float, default=0.7, help="time for each variant of a case")
+    parser.add_argument("--report", action="store_true", help="measure nothing, show the last figures")
     options = parser.parse_args()
-    results = ROOT / "runs" / "bench" / "ops.json"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    files = [f"bench/{concept}.py" for concept in options.concepts or CONCEPTS]
-    print("measuring … (torch.compile takes most of the time)", flush=True)
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-o",
-                "python_files=*.py",
-                "-o",
-                "python_functions=bench_*",
-            ),
-            *("--benchmark-max-time=0.5", "--benchmark-min-rounds=5", f"--benchmark-json={results}", *files),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    print(table(json.loads(results.read_text())["benchmarks"], read_bandwidth()))
-    print(f"\nall figures: {results.relative_to(ROOT)}")
+    stem = "-".join(["ops", *options.concepts, *["quick"] * options.quick])
+    files = {concept: raw_file(concept, options.quick) for concept in options.concepts or CONCEPTS}
+    if not options.report:
+        for concept, file in files.items():
+            run(concept, options.quick, options.seconds, file)
+    missing = [concept for concept, file in files.items() if not file.exists()]
+    if missing:
+        raise SystemExit(f"not measured yet: {', '.join(missing)}")
+    rows = rows_of(one for file in files.values() for one in json.loads(file.read_text())["benchmarks"])
+    scaling = FOLDER / "scaling.json"
+    report(rows, json.loads(scaling.read_text()) if scaling.exists() else {}, stem)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second at which torch reads 100 MB of float32: the floor of everything bound by memory."""
-    import torch
-
-    x = torch.randn(512, 49152)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        x.amax(-1)
-        seconds.append(time.perf_counter() - start)
-    return x.nbytes / sorted(seconds)[len(seconds) // 2]
+def raw_file(concept: str, quick: bool) -> Path:
+    """Where pytest-benchmark leaves the figures of a concept."""
+    return FOLDER / "pytest-benchmark" / f"{concept}{'-quick' if quick else ''}.json"
 
 
-def table(benchmarks: list[dict[str, Any]], bandwidth: float) -> str:
-    """One line per op, size and dtype: milliseconds of each variant, ratios, share of the floor."""
-    rows: dict[tuple[str, str, str], dict[str, float]] = {}
-    reads: dict[tuple[str, str, str], int] = {}
-    for one in benchmarks:
-        info = one["extra_info"]
-        key = (info["op"], info["size"], info["dtype"])
-        rows.setdefault(key, {})[info["variant"]] = 1e3 * one["stats"]["median"]
-        reads[key] = info["reads"]
-    head = ("fastppo ms", "eager ms", "compile ms", "× eager", "× compile", "floor ms", "% of floor")
-    lines = [
-        f"read floor: {bandwidth / 1e9:.1f} GB/s (amax over 100 MB of float32)\n",
-        f"{'op':28}{'size':24}{'dtype':10}" + "".join(f"{column:>12}" for column in head),
+def run(concept: str, quick: bool, seconds: float, raw: Path) -> None:
+    """All benchmarks of a concept, in a process of pytest of its own, which prints a line per case."""
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.unlink(missing_ok=True)
+    command = [
+        *(sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--capture=no", "--tb=short"),
+        *("-o", "python_functions=bench_*", "-p", "no:cacheprovider", "--benchmark-quiet"),
+        *(f"--benchmark-max-time={seconds}", "--benchmark-min-rounds=5", f"--benchmark-json={raw}"),
+        *(["--quick"] if quick else []),
+        f"bench/{concept}.py",
     ]
-    for key, ms in rows.items():
-        floor = ms.get("floor", 1e3 * reads[key] / bandwidth)
-        ours = ms["fastppo"]
-        cells = (
-            ours,
-            ms["eager"],
-            ms["compile"],
-            ms["eager"] / ours,
-            ms["compile"] / ours,
-            floor,
-            100 * floor / ours,
-        )
-        numbers = "".join(f"{cell:12.3f}" if cell < 10 else f"{cell:12.1f}" for cell in cells)
-        lines.append(f"{key[0]:28}{key[1]:24}{key[2]:10}{numbers}")
-    return "\n".join(lines)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise SystemExit(f"the benchmark stopped: {' '.join(command[2:])}")
+
+
+def report(rows: list[Row], scaling: dict[str, Any], stem: str) -> None:
+    """Both tables on the terminal; JSON, Markdown and picture in runs/bench."""
+    machine = describe()
+    line = f"{machine['processor']}, {machine['instruction_set']}, torch {machine['torch']}"
+    found = outcomes(rows, scaling)
+    files = {kind: FOLDER / f"{stem}.{kind}" for kind in ("json", "md", "png")}
+    content = {"machine": machine, "rows": as_json(rows), "goals": [asdict(one) for one in found]}
+    files["json"].write_text(json.dumps(content, indent=1))
+    files["md"].write_text(markdown(short(rows)))
+    draw(short(rows), files["png"], line)
+    print(f"\n{line}, {machine['threads']} threads; medians of rounds in which all variants took turns\n")
+    print(table(rows))
+    print("\n× floor: our time over the floor's; × eager, compile, peer: how many times as fast we are\n")
+    print(goals_table(found if stem == "ops" else [one for one in found if one.met is not None]))
+    if note := disturbed(rows):
+        print(f"\n{note}")
+    if not scaling and stem == "ops":
+        print("\nthreads and slopes: make bench-scaling, then this table again")
+    print("\nwrote " + ", ".join(str(path.relative_to(ROOT)) for path in files.values()))
 
 
 if __name__ == "__main__":

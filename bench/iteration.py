@@ -27,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.peers import fetch_trl
+
 ROOT = Path(__file__).resolve().parents[1]
 TRL_FOLDER = ROOT / ".cache" / "trl-1.12.0"
 EPISODES, TOKENS, EPOCHS, MICRO_BATCH = 16, 32, 4, 4
@@ -64,7 +66,7 @@ def main() -> None:
     from examples.warm_replies.policy import model_folder
 
     model_folder()  # unpack once, outside both measurements
-    fetch_trl()
+    fetch_trl("1.12.0")
     results = []
     sides = [("trl", p) for p in options.trl_precision] + [("fastppo", p) for p in options.fastppo_precision]
     for side, precision in sides:
@@ -249,22 +251,6 @@ def step_callback(at_step_end: Callable[[], None]) -> Any:
 
 
 # The comparison
-
-
-def fetch_trl() -> None:
-    """TRL 1.12.0 into a folder of its own, without what it depends on: the environment stays as it is."""
-    if not (TRL_FOLDER / "trl").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(TRL_FOLDER),
-        ]
-        subprocess.run([*command, "trl==1.12.0"], check=True)
 
 
 def run_in_process(side: str, precision: str, iterations: int) -> dict[str, Any]:

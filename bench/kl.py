@@ -1,4 +1,4 @@
-"""Exact KL between two vocabularies' worth of logits, and the per-token estimators."""
+"""Per-token estimates of the KL from two log-probs: reads both, writes one."""
 
 from __future__ import annotations
 
@@ -7,28 +7,42 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.variants import dtypes, variants
-from fastppo import ops, reference
-
-N, V = 256, 49152
-B, T = 64, 1024
+from bench.measure import MODES, quick, reading, sizes
+from bench.peers import trl_kl
+from fastppo import ops
 
 
-def eager(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    logprobs, ref_logprobs = ((x.float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
-    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    difference = ref_logprobs - logprobs
+    return torch.expm1(difference) - difference
 
 
-@dtypes
-@variants(ours=ops.distribution_kl, eager=eager)
-def bench_distribution_kl(
-    measure: Callable[..., None], function: Callable[..., object], dtype: torch.dtype
-) -> None:
-    logits, ref_logits = (torch.randn(N, V, dtype=dtype) for _ in range(2))
-    measure(function, logits, ref_logits, temperature=0.7, size=f"{N} × {V}", reads=2 * logits.nbytes)
+def ours(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    return ops.kl_penalty(logprobs, ref_logprobs, estimator="k3")
 
 
-@variants(ours=ops.kl_penalty, eager=reference.kl_penalty)
-def bench_kl_penalty(measure: Callable[..., None], function: Callable[..., object]) -> None:
-    logprobs, ref_logprobs = (-torch.rand(B, T) for _ in range(2))
-    measure(function, logprobs, ref_logprobs, estimator="k3", size=f"{B} × {T}", reads=3 * logprobs.nbytes)
+def inputs(b: int, t: int) -> tuple[Tensor, Tensor]:
+    return -torch.rand(b, t), -torch.rand(b, t)
+
+
+@sizes("b, t, modes", quick(64, 512, MODES), (16, 53, ()), (256, 1024, ()))
+def bench_kl_penalty(measure: Callable[..., None], b: int, t: int, modes: tuple[str, ...]) -> None:
+    measure(
+        "kl_penalty (k3)",
+        f"[{b}, {t}]",
+        torch.float32,
+        inputs=lambda: inputs(b, t),
+        ours=ours,
+        eager={"expm1": k3},
+        compiled=k3,
+        modes=modes,
+        peers={"TRL 1.12": trl_kl()},
+        floors=reading(12 * b * t),
+        bytes_moved=12 * b * t,
+        hot=True,
+    )
+
+
+@sizes("b, t", quick(1, 8))
+def bench_kl_penalty_call(measure: Callable[..., None], b: int, t: int) -> None:
+    measure("kl_penalty call", f"[{b}, {t}]", torch.float32, inputs=lambda: inputs(b, t), ours=ours, hot=True)
