@@ -34,14 +34,16 @@ def main() -> None:
         "concepts", nargs="*", choices=[[], *CONCEPTS], help=f"of {', '.join(CONCEPTS)}; default: all"
     )
     parser.add_argument("--quick", action="store_true", help="one case per op, torch.compile in one mode")
-    parser.add_argument("--seconds", type=float, default=0.7, help="time for each variant of a case")
+    parser.add_argument(
+        "--seconds", type=float, help="time for each variant of a case; default: 0.7, or 0.3 with --quick"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing, show the last figures")
     options = parser.parse_args()
     stem = "-".join(["ops", *options.concepts, *["quick"] * options.quick])
     files = {concept: raw_file(concept, options.quick) for concept in options.concepts or CONCEPTS}
     if not options.report:
         for concept, file in files.items():
-            run(concept, options.quick, options.seconds, file)
+            run(concept, options.quick, options.seconds or (0.3 if options.quick else 0.7), file)
     missing = [concept for concept, file in files.items() if not file.exists()]
     if missing:
         raise SystemExit(f"not measured yet: {', '.join(missing)}")
