@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import fastppo
-from fastppo import _C, info
+from fastppo import info
+from fastppo.ops._library import library as _C  # loads torch first, whose libraries it is linked against
 
 ROOT = Path(__file__).parent.parent
 

@@ -49,6 +49,16 @@ def test_shifts_of_either_cost_no_accuracy_and_equal_rows_have_none() -> None:
     assert (same >= 0).all() and (same < 1e-6).all()
 
 
+@pytest.mark.parametrize("first", [-200.0, -50.0, -15.0, 15.0, 200.0])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_start_of_a_row_may_be_far_from_the_rest(first: float, which: int) -> None:
+    """A tile is summed relative to the maxima of its first 128 logits, unless those turn out too far off."""
+    pair = example(3, 8192 + 300)
+    pair[which][:, :128] = pair[which][:, 8192:8320] = first
+    expected = reference.distribution_kl(*[x.double() for x in pair], temperature=TEMPERATURE)
+    assert_close(ops.distribution_kl(*pair, temperature=TEMPERATURE), expected, atol=3e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_match_float64_and_are_no_worse_than_torch(dtype: torch.dtype) -> None:
     logits, ref_logits = example(3, 2, 4099, dtype=dtype)
