@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ POISONS = [100.0, float("nan"), float("inf"), -float("inf")]
 
 def draw(shape, dtype=torch.float32, seed=0, n=4):
     """Return n random tensors, a mask with gaps, and one number per row."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for _ in range(n)]
     mask = torch.rand(shape, generator=generator) > 0.3
     return tensors, mask, torch.randn(shape[0], generator=generator).to(dtype)
@@ -95,7 +96,7 @@ def test_masked_places_are_never_read_into_a_sum(poison):
 
 @pytest.mark.parametrize("n", [2, 511, 512, 513, 5000])
 def test_whitened_values_have_mean_0_and_population_variance_1(n):
-    x = 3 + 2 * torch.randn(n, generator=torch.Generator().manual_seed(n))
+    x = 3 + 2 * torch.randn(n, generator=seeded(n))
     mask = torch.arange(n) % 3 != 2
     white, scaled = ops.whiten(x, mask)[mask].double(), ops.scale_to_unit_std(x, mask)[mask].double()
     for y, mean in ((white, 0.0), (scaled, x[mask].double().mean().item())):
@@ -115,7 +116,7 @@ def test_whitening_one_place_none_and_constants():
 
 def test_whitening_survives_a_mean_far_from_zero():
     # E[x^2] - E[x]^2 in float32 would have no digit left here.
-    x = 1e4 + torch.randn(4096, generator=torch.Generator().manual_seed(1))
+    x = 1e4 + torch.randn(4096, generator=seeded(1))
     white = ops.whiten(x, torch.ones(4096, dtype=torch.bool)).double()
     oracle = reference.whiten(x.double(), torch.ones(4096, dtype=torch.bool))
     torch.testing.assert_close(white, oracle, atol=1e-3, rtol=0)  # x itself is rounded to 1e-3
