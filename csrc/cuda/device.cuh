@@ -47,10 +47,10 @@ Shared<T> dynamic_shared() {
 #define FASTPPO_ASSERT(condition, text) \
   ((condition) ? static_cast<void>(0) : ::fastppo::emulator::fail(text, FASTPPO_HERE))
 // The address of the static is the declaration's identity, one per instantiation, as under CUDA.
-#define FASTPPO_SHARED(T, name, n)                                                                      \
-  static const char name##_site = 0;                                                                    \
-  const ::fastppo::cuda::Shared<T> name(                                                                \
-      ::fastppo::emulator::static_shared(                                                               \
+#define FASTPPO_SHARED(T, name, n)                                                                               \
+  static const char name##_site = 0;                                                                             \
+  const ::fastppo::cuda::Shared<T> name(                                                                         \
+      ::fastppo::emulator::static_shared(                                                                        \
           &name##_site, static_cast<int64_t>(sizeof(T)) * (n), alignof(T) < 16 ? 16 : alignof(T), FASTPPO_HERE), \
       (n))
 #define FASTPPO_DYNAMIC_SHARED(T, name) const ::fastppo::cuda::Shared<T> name = ::fastppo::cuda::dynamic_shared<T>()
@@ -67,7 +67,7 @@ __device__ __forceinline__ U* shared_as(T* x) {
 
 #define FASTPPO_ASSERT(condition, text) static_cast<void>(0)
 // As bytes, because CUDA refuses __shared__ objects of types with default member values.
-#define FASTPPO_SHARED(T, name, n)                                         \
+#define FASTPPO_SHARED(T, name, n)                                      \
   __shared__ __align__(16) unsigned char name##_bytes[sizeof(T) * (n)]; \
   T* const name = reinterpret_cast<T*>(name##_bytes)
 #define FASTPPO_DYNAMIC_SHARED(T, name)                                   \

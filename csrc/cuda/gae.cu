@@ -78,14 +78,8 @@ std::tuple<Tensor, Tensor> gae_cuda(
   const HeldRows reward_rows(rewards), value_rows(values), bootstrap = HeldRows::per_row(bootstrap_values);
   const HeldMask mask(response_mask);
   const GaeArgs args{
-      reward_rows,
-      value_rows,
-      mask,
-      bootstrap,
-      static_cast<float>(gamma),
-      static_cast<float>(gamma * lam),
-      floats(advantages),
-      floats(returns)};
+      reward_rows,        value_rows,     mask, bootstrap, static_cast<float>(gamma), static_cast<float>(gamma * lam),
+      floats(advantages), floats(returns)};
   FASTPPO_LAUNCH(gae_kernel, blocks_for(shape.rows), kGaeThreads, 0, on.stream, args);
   return {advantages, returns};
 }

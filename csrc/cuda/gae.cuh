@@ -1,7 +1,7 @@
 /*
-Generalized advantage estimation, whitening, and the two with the KL-shaped rewards in front: csrc/gae.h has the formulas.
-inputs: rows x columns (one row per response) of any of the three dtypes, any distance between rows, and a mask;
-results: contiguous float32, 0 where masked.
+Generalized advantage estimation, whitening, and the two with the KL-shaped rewards in front: csrc/gae.h has the
+formulas. inputs: rows x columns (one row per response) of any of the three dtypes, any distance between rows, and a
+mask; results: contiguous float32, 0 where masked.
 
 The recursion. One warp per row, from the end: a lane takes kGaeGroup neighbouring tokens, the warp 256 of them, so
 T = 4096 is 16 steps. A token is a map a -> delta + gamma lam a of the advantage after it; a lane composes its own, a
@@ -13,29 +13,30 @@ memory traffic, and exact enough for any float32 input, see test_whitening_survi
 merged lane by lane, warp by warp, block by block, always in the same order. The grid depends on the shape alone, so the
 bits are the same on every run and every device.
 
-How many launches. Whitening needs the statistics of all rows before it can change the first, and a grid can only wait for
-itself when all its blocks are resident, which without a cooperative launch nobody promises (two such grids on two streams
-can starve each other). So a kernel is a list of phases with a statistic between them: up to kOneBlockTokens, one block
-does them all in one launch; above, each phase is a launch, and every block of the next one merges the parts of the one
-before for itself. Without whitening it is always one launch, with one of the two whitenings at most two.
+How many launches. Whitening needs the statistics of all rows before it can change the first, and a grid can only wait
+for itself when all its blocks are resident, which without a cooperative launch nobody promises (two such grids on two
+streams can starve each other). So a kernel is a list of phases with a statistic between them: up to kOneBlockTokens,
+one block does them all in one launch; above, each phase is a launch, and every block of the next one merges the parts
+of the one before for itself. Without whitening it is always one launch, with one of the two whitenings at most two.
 */
 #pragma once
 
-#include "cuda/memory.cuh"
-#include "cuda/reduce.cuh"
 #include "csrc/gae.h"
 #include "csrc/kl.h"
+#include "cuda/memory.cuh"
+#include "cuda/reduce.cuh"
 
 namespace fastppo::cuda {
 
 constexpr int kGaeThreads = 256;
 constexpr int kGaeWarps = kGaeThreads / 32;
-constexpr int kGaeGroup = 8;                   // tokens per lane: one 16-byte load of bfloat16, two of float32
-constexpr int64_t kGaeChunk = 32 * kGaeGroup;  // tokens per warp and step
-constexpr int64_t kGaeBlocks = 512;            // at most: each is one part of a statistic
-constexpr int64_t kOneBlockTokens = 16384;     // 16 tokens per thread and phase: about what a second launch costs
+constexpr int kGaeGroup = 8;                  // tokens per lane: one 16-byte load of bfloat16, two of float32
+constexpr int64_t kGaeChunk = 32 * kGaeGroup; // tokens per warp and step
+constexpr int64_t kGaeBlocks = 512;           // at most: each is one part of a statistic
+constexpr int64_t kOneBlockTokens = 16384;    // 16 tokens per thread and phase: about what a second launch costs
 
-// --- the recursion --------------------------------------------------------------------------------------------------------
+// --- the recursion
+// --------------------------------------------------------------------------------------------------------
 
 // One chunk of a row. The carry is the same in all lanes and comes from the chunk after this one.
 __device__ __forceinline__ void gae_chunk(
@@ -83,10 +84,11 @@ __device__ __forceinline__ void gae_chunk(
   carry.next_value = __shfl_sync(kFullMask, running.next_value, 0);
 }
 
-// Runs body(row, first column of this lane's group, whether this chunk is the row's last) over the rows of this warp, each
-// from its end. All lanes come along, also those past the end of the row.
+// Runs body(row, first column of this lane's group, whether this chunk is the row's last) over the rows of this warp,
+// each from its end. All lanes come along, also those past the end of the row.
 template <class Start, class Body>
-__device__ __forceinline__ void for_chunks_from_the_end(int64_t rows, int64_t columns, const Start& start, const Body& body) {
+__device__ __forceinline__ void for_chunks_from_the_end(
+    int64_t rows, int64_t columns, const Start& start, const Body& body) {
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kGaeWarps;
   for (int64_t row = blockIdx.x * int64_t{kGaeWarps} + warp_id(); row < rows; row += warps) {
     start(row);
@@ -96,7 +98,8 @@ __device__ __forceinline__ void for_chunks_from_the_end(int64_t rows, int64_t co
   }
 }
 
-// --- statistics -----------------------------------------------------------------------------------------------------------
+// --- statistics
+// -----------------------------------------------------------------------------------------------------------
 
 struct MomentSums {
   double count = 0, sum = 0, squares = 0;
@@ -156,7 +159,8 @@ __device__ __forceinline__ void for_groups(int64_t rows, int64_t columns, const 
   }
 }
 
-// --- gae ------------------------------------------------------------------------------------------------------------------
+// --- gae
+// ------------------------------------------------------------------------------------------------------------------
 
 struct GaeArgs {
   Rows rewards, values;
@@ -198,7 +202,8 @@ __global__ void __launch_bounds__(kGaeThreads) gae_kernel(const GaeArgs args) {
       });
 }
 
-// --- whiten, scale_to_unit_std ----------------------------------------------------------------------------------------------
+// --- whiten, scale_to_unit_std
+// ----------------------------------------------------------------------------------------------
 
 struct StandardizeArgs {
   Rows x;
@@ -210,7 +215,8 @@ struct StandardizeArgs {
 
 enum StandardizePhase { kMeasure, kStandardize };
 
-__global__ void __launch_bounds__(kGaeThreads) standardize_kernel(const StandardizeArgs args, int first_phase, int last_phase) {
+__global__ void __launch_bounds__(kGaeThreads)
+    standardize_kernel(const StandardizeArgs args, int first_phase, int last_phase) {
   const int64_t columns = args.x.columns;
   for (int phase = first_phase; phase <= last_phase; ++phase) {
     if (phase == kMeasure) {
@@ -246,7 +252,8 @@ __global__ void __launch_bounds__(kGaeThreads) standardize_kernel(const Standard
   }
 }
 
-// --- rewards_and_advantages -------------------------------------------------------------------------------------------------
+// --- rewards_and_advantages
+// -------------------------------------------------------------------------------------------------
 
 struct RewardsAndAdvantagesArgs {
   Rows scores; // a column

@@ -17,7 +17,8 @@ Tensor launch_kl(const Tensor& logprobs, const Tensor& ref_logprobs, const Tenso
   const OnDevice on(logprobs);
   const HeldRows logprob_rows(logprobs), ref_rows(ref_logprobs);
   const auto grad_rows = grad != nullptr ? std::make_optional<HeldRows>(*grad) : std::nullopt;
-  const KlArgs args{logprob_rows, ref_rows, grad_rows ? static_cast<const Rows&>(*grad_rows) : Rows{}, estimator, floats(out)};
+  const KlArgs args{
+      logprob_rows, ref_rows, grad_rows ? static_cast<const Rows&>(*grad_rows) : Rows{}, estimator, floats(out)};
   constexpr int64_t kPerWarp = 32 * kKlGroup, kWarps = kKlThreads / 32;
   const int64_t tasks = shape.rows * ((shape.columns + kPerWarp - 1) / kPerWarp);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((tasks + kWarps - 1) / kWarps, 2048));

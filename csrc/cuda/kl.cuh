@@ -7,8 +7,8 @@ estimator and the dtypes are chosen at run time: 2 to 4 bytes per input and elem
 */
 #pragma once
 
-#include "cuda/memory.cuh"
 #include "csrc/kl.h"
+#include "cuda/memory.cuh"
 
 namespace fastppo::cuda {
 

@@ -3,9 +3,9 @@ The one way to start a kernel:
 
   FASTPPO_LAUNCH((kernel<T, 256>), grid, block, dynamic_shared_bytes, stream, arguments...);
 
-Arguments convert to the kernel's parameters. More than 48 KB of dynamic shared memory is opted into here; how much there
-is, ask device_facts(). A launch that CUDA refuses throws; the emulator aborts. Nothing waits for the device, so a launch
-can be captured into a CUDA graph.
+Arguments convert to the kernel's parameters. More than 48 KB of dynamic shared memory is opted into here; how much
+there is, ask device_facts(). A launch that CUDA refuses throws; the emulator aborts. Nothing waits for the device, so a
+launch can be captured into a CUDA graph.
 */
 #pragma once
 
@@ -68,7 +68,7 @@ void launch(
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
   }
-  kernel<<<grid, block, static_cast<size_t>(shared), stream>>>(std::forward<Arguments>(arguments)...);
+  kernel<<<grid, block, static_cast<size_t>(shared), stream> > >(std::forward<Arguments>(arguments)...);
   check_cuda(cudaGetLastError(), name);
 }
 

@@ -123,8 +123,8 @@ __device__ __forceinline__ void store_floats(const Span<T>& row, int64_t first, 
   }
 }
 
-// Where the dtype is not worth an instantiation: ops that take several tensors, each of any dtype, a few bytes per token.
-// The choice is the same for all threads, so it costs a branch and no divergence.
+// Where the dtype is not worth an instantiation: ops that take several tensors, each of any dtype, a few bytes per
+// token. The choice is the same for all threads, so it costs a branch and no divergence.
 struct Rows {
   const void* data = nullptr; // null: an optional tensor that was not given
   int64_t rows = 0, columns = 0, stride = 0;
@@ -140,7 +140,8 @@ struct Rows {
 };
 
 template <int N>
-__device__ __forceinline__ void load_floats(const Rows& x, int64_t row, int64_t first, float (&out)[N], float fill = 0) {
+__device__ __forceinline__ void load_floats(
+    const Rows& x, int64_t row, int64_t first, float (&out)[N], float fill = 0) {
   switch (x.dtype) {
     case DType::kFloat32:
       return load_floats<N>(x.row<float>(row), first, out, fill);

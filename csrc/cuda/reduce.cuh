@@ -91,8 +91,8 @@ __device__ __forceinline__ T block_reduce(T x, const Merge& merge, const T& none
   return x;
 }
 
-// True in all threads of one block: the last of the launch to get here. It sees what every block wrote before. The counter
-// starts at 0 and is 0 again afterwards. For one-dimensional grids.
+// True in all threads of one block: the last of the launch to get here. It sees what every block wrote before. The
+// counter starts at 0 and is 0 again afterwards. For one-dimensional grids.
 __device__ __forceinline__ bool is_last_block(unsigned* counter) {
   FASTPPO_SHARED(int, last, 1);
   __threadfence();

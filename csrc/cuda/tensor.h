@@ -1,8 +1,8 @@
 /*
 From torch::stable::Tensor to what kernels take, and what a launcher needs around a launch. For csrc/cuda/<concept>.cu.
 
-  const OnDevice on(tensor);            makes its device the current one for the scope; on.stream is torch's current stream
-  HeldRows, HeldMask                    a tensor as Rows or MaskRows, held (it may be a copy) for the scope
+  const OnDevice on(tensor);            makes its device the current one for the scope; on.stream is torch's current
+stream HeldRows, HeldMask                    a tensor as Rows or MaskRows, held (it may be a copy) for the scope
   floats(tensor)                        a contiguous float32 tensor as a Span
   FASTPPO_CUDA_IMPL(m) { m.impl(...) }  registers for CUDA tensors; in the emulated library, for its CPU tensors
 

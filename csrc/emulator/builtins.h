@@ -42,7 +42,8 @@ constexpr int warpSize = 32;
 
 #define FASTPPO_HERE (::fastppo::emulator::Where(__FILE__, __LINE__))
 
-// --- barriers -----------------------------------------------------------------------------------------------------------
+// --- barriers
+// -----------------------------------------------------------------------------------------------------------
 #define __syncthreads() \
   static_cast<void>(::fastppo::emulator::block_barrier(::fastppo::emulator::Barrier::kPlain, false, FASTPPO_HERE))
 #define __syncthreads_or(x) \
@@ -52,7 +53,8 @@ constexpr int warpSize = 32;
 #define __syncthreads_count(x) \
   ::fastppo::emulator::block_barrier(::fastppo::emulator::Barrier::kCount, (x) != 0, FASTPPO_HERE)
 
-// --- warps --------------------------------------------------------------------------------------------------------------
+// --- warps
+// --------------------------------------------------------------------------------------------------------------
 namespace fastppo::emulator {
 
 template <class T>
@@ -124,7 +126,8 @@ unsigned match_any(Where where, unsigned mask, T x) {
 #define __match_any_sync(mask, x) ::fastppo::emulator::match_any(FASTPPO_HERE, (mask), (x))
 #define __syncwarp(...) ::fastppo::emulator::sync_warp(FASTPPO_HERE __VA_OPT__(, ) __VA_ARGS__)
 
-// --- atomics and fences ---------------------------------------------------------------------------------------------------
+// --- atomics and fences
+// ---------------------------------------------------------------------------------------------------
 namespace fastppo::emulator {
 
 template <class T>
@@ -153,21 +156,21 @@ T atomic_update(const SharedArray<T>& place, const Function& f) {
 } // namespace fastppo::emulator
 
 // For a place in global memory, or in shared memory, where & gives a SharedArray. The value converts as under CUDA.
-#define FASTPPO_ATOMIC(name, expression)                                                                                \
-  template <::fastppo::emulator::AtomicInteger T>                                                                       \
-  T name(T* place, std::type_identity_t<T> x) {                                                                         \
-    return ::fastppo::emulator::atomic_update(place, [x](T old) -> T { return expression; });                           \
-  }                                                                                                                     \
-  template <::fastppo::emulator::AtomicInteger T>                                                                       \
-  T name(const ::fastppo::emulator::SharedArray<T>& place, std::type_identity_t<T> x) {                                 \
-    return ::fastppo::emulator::atomic_update(place, [x](T old) -> T { return expression; });                           \
+#define FASTPPO_ATOMIC(name, expression)                                                      \
+  template <::fastppo::emulator::AtomicInteger T>                                             \
+  T name(T* place, std::type_identity_t<T> x) {                                               \
+    return ::fastppo::emulator::atomic_update(place, [x](T old) -> T { return expression; }); \
+  }                                                                                           \
+  template <::fastppo::emulator::AtomicInteger T>                                             \
+  T name(const ::fastppo::emulator::SharedArray<T>& place, std::type_identity_t<T> x) {       \
+    return ::fastppo::emulator::atomic_update(place, [x](T old) -> T { return expression; }); \
   }
 FASTPPO_ATOMIC(atomicAdd, old + x)
 FASTPPO_ATOMIC(atomicSub, old - x)
 FASTPPO_ATOMIC(atomicMax, old > x ? old : x)
 FASTPPO_ATOMIC(atomicMin, old < x ? old : x)
 FASTPPO_ATOMIC(atomicOr, old | x)
-FASTPPO_ATOMIC(atomicAnd, old & x)
+FASTPPO_ATOMIC(atomicAnd, old& x)
 FASTPPO_ATOMIC(atomicExch, x)
 #undef FASTPPO_ATOMIC
 
@@ -188,7 +191,8 @@ T atomicCAS(
 inline void __threadfence() { ::fastppo::emulator::fence(); }
 inline void __threadfence_block() { ::fastppo::emulator::fence(); }
 
-// --- numbers --------------------------------------------------------------------------------------------------------------
+// --- numbers
+// --------------------------------------------------------------------------------------------------------------
 template <class T>
 T __ldg(const T* place) {
   return *place;
@@ -221,9 +225,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }

@@ -30,6 +30,18 @@ only how a thread waits, and that is at the end of the file.
 #define FASTPPO_ASAN 0
 #endif
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+void AnnotateIgnoreSyncBegin(const char*, int);
+void AnnotateIgnoreSyncEnd(const char*, int);
+}
+#endif
+
 namespace fastppo::emulator {
 
 Machine machine;
@@ -59,6 +71,7 @@ struct Lane {
   uint64_t value, result;
   int source;
   unsigned generation = 0;
+  char order_points[2];
 };
 
 struct Site {
@@ -96,6 +109,7 @@ struct Block {
   int arrived = 0, yes = 0;
   unsigned generation = 0;
   int result = 0;
+  char order_points[2];
   Barrier kind;
   Where barrier_at;
 
@@ -134,8 +148,29 @@ Execution& execution() { return running->home->threads[running->number]; }
 
 #if defined(FASTPPO_EMULATOR_THREADS)
 
-using Guard = std::unique_lock<std::mutex>;
-Guard guard(Block& block) { return Guard(block.mutex); }
+/*
+The lock around a block's state. ThreadSanitizer must not see it: it would order everything that passes through, and a
+shuffle, which on a GPU orders no memory, would hide a race. What a barrier does order is said by order_memory().
+*/
+struct Unseen {
+#if defined(__SANITIZE_THREAD__)
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+  Unseen(const Unseen&) = delete;
+#endif
+};
+struct Guard : Unseen, std::unique_lock<std::mutex> {
+  explicit Guard(Block& block) : std::unique_lock<std::mutex>(block.mutex) {}
+};
+Guard guard(Block& block) { return Guard(block); }
 void wake(Block& block) { block.changed.notify_all(); }
 
 // Long enough for ThreadSanitizer on a loaded machine, short enough for a test of it.
@@ -172,7 +207,24 @@ void wait_for_change(Guard&, const unsigned& generation, Where where) {
 
 } // namespace
 
-int block_barrier(Barrier kind, bool predicate, Where where) {
+namespace {
+
+// Runs a meeting of threads so that what each wrote before, all see after. Two points take turns: a thread that is
+// already on its way to the next meeting must not seem to have ordered itself before the stragglers of this one.
+template <class Meeting>
+auto order_memory([[maybe_unused]] char (&points)[2], [[maybe_unused]] unsigned generation, const Meeting& meeting) {
+#if defined(__SANITIZE_THREAD__)
+  char* point = &points[generation % 2];
+  __tsan_release(point);
+  const auto result = meeting();
+  __tsan_acquire(point);
+  return result;
+#else
+  return meeting();
+#endif
+}
+
+int meet_at_barrier(Barrier kind, bool predicate, Where where) {
   Block& block = *running->home;
   Guard held = guard(block);
   if (block.alive != static_cast<int>(block.threads.size())) {
@@ -193,7 +245,9 @@ int block_barrier(Barrier kind, bool predicate, Where where) {
     wait_for_change(held, block.generation, where);
     return block.result;
   }
-  block.result = kind == Barrier::kCount ? block.yes : kind == Barrier::kOr ? block.yes > 0 : block.yes == block.arrived;
+  block.result = kind == Barrier::kCount ? block.yes
+                 : kind == Barrier::kOr  ? block.yes > 0
+                                         : block.yes == block.arrived;
   block.arrived = 0;
   ++block.generation;
 #if !defined(FASTPPO_EMULATOR_THREADS)
@@ -203,7 +257,7 @@ int block_barrier(Barrier kind, bool predicate, Where where) {
   return block.result;
 }
 
-uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int source, Where where) {
+uint64_t meet_in_warp(Collective kind, unsigned mask, uint64_t value, int source, Where where) {
   Block& block = *running->home;
   Guard held = guard(block);
   const int first = running->number - running->lane;
@@ -217,14 +271,14 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
     const bool named = mask >> i & 1;
     const bool exists = first + i < static_cast<int>(block.lanes.size());
     if (named && (!exists || lane(i).returned)) {
-      fail("partial mask: it names lane " + std::to_string(i) + (exists ? ", which has returned" : ", which is not there"),
-           where);
+      fail(
+          "partial mask: it names lane " + std::to_string(i) +
+              (exists ? ", which has returned" : ", which is not there"),
+          where);
     }
-    if (!exists || !lane(i).waiting || (lane(i).mask & mask) == 0) {
+    // A lane may wait with another mask that overlaps this one: when that meeting is over it can still come here.
+    if (!exists || !lane(i).waiting || lane(i).mask != mask) {
       continue;
-    }
-    if (lane(i).mask != mask) {
-      fail("partial mask: lane " + std::to_string(i) + " waits with another mask that shares lanes with this one", where);
     }
     if (lane(i).kind != kind || !(lane(i).where == where)) {
       fail(
@@ -244,7 +298,7 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
   self.value = value;
   self.source = source;
   for (int i = 0; i < 32; ++i) {
-    if ((mask >> i & 1) && !lane(i).waiting) {
+    if ((mask >> i & 1) && !(lane(i).waiting && lane(i).mask == mask)) {
       wait_for_change(held, self.generation, where);
       return self.result;
     }
@@ -259,7 +313,8 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
       result = lane(lane(i).source).value;
     } else if (kind != Collective::kSync) {
       for (int j = 0; j < 32; ++j) {
-        const bool yes = (mask >> j & 1) && (kind == Collective::kBallot ? lane(j).value != 0 : lane(j).value == lane(i).value);
+        const bool yes =
+            (mask >> j & 1) && (kind == Collective::kBallot ? lane(j).value != 0 : lane(j).value == lane(i).value);
         result |= static_cast<uint64_t>(yes) << j;
       }
     }
@@ -276,6 +331,27 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
 #endif
   wake(block);
   return self.result;
+}
+
+} // namespace
+
+int block_barrier(Barrier kind, bool predicate, Where where) {
+  Block& block = *running->home;
+  return order_memory(block.order_points, block.generation, [&] { return meet_at_barrier(kind, predicate, where); });
+}
+
+uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int source, Where where) {
+  const auto meeting = [&] { return meet_in_warp(kind, mask, value, source, where); };
+  if (kind != Collective::kSync || mask == 0) {
+    return meeting(); // on a GPU too, only __syncwarp orders memory
+  }
+  const int first_of_mask = running->number - running->lane + __builtin_ctz(mask);
+  Block& block = *running->home;
+  if (first_of_mask >= static_cast<int>(block.lanes.size())) {
+    return meeting(); // which says what is wrong with this mask
+  }
+  Lane& first = block.lanes[first_of_mask];
+  return order_memory(first.order_points, first.generation, meeting);
 }
 
 // --- shared memory --------------------------------------------------------------------------------------------------
@@ -309,7 +385,8 @@ SharedMemory dynamic_shared(int64_t& bytes) {
   return {running->home->memory.data(), running->home->written.data()};
 }
 
-// --- blocks -----------------------------------------------------------------------------------------------------------
+// --- blocks
+// -----------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -352,7 +429,9 @@ void thread_returns() {
   const int first = running->number - running->lane;
   for (int i = first; i < std::min<int>(first + 32, static_cast<int>(block.lanes.size())); ++i) {
     if (block.lanes[i].waiting && (block.lanes[i].mask >> running->lane & 1)) {
-      fail("partial mask: this lane returned while lane " + std::to_string(i - first) + " waits for it", block.lanes[i].where);
+      fail(
+          "partial mask: this lane returned while lane " + std::to_string(i - first) + " waits for it",
+          block.lanes[i].where);
     }
   }
 }
@@ -402,7 +481,8 @@ std::unique_ptr<Block> take_block() {
 
 } // namespace
 
-// --- fibers -----------------------------------------------------------------------------------------------------------
+// --- fibers
+// -----------------------------------------------------------------------------------------------------------
 
 #if !defined(FASTPPO_EMULATOR_THREADS)
 
@@ -419,7 +499,8 @@ class Stacks {
   void* take() {
     if (spare_.empty()) {
       const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-      void* base = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* base =
+          mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (base == MAP_FAILED || mprotect(base, page, PROT_NONE) != 0) {
         fail("no memory for another thread's stack", {__FILE__, __LINE__});
       }
@@ -576,9 +657,9 @@ void run(const Launch& launch, const std::function<void()>& body) {
         for (Execution& fiber : block->threads) {
           fibers.push_back(&fiber);
         }
-      }
-      if (machine.order == Order::kReverse) {
-        std::reverse(fibers.begin(), fibers.end());
+        if (machine.order == Order::kReverse) {
+          std::reverse(fibers.end() - static_cast<std::ptrdiff_t>(block->threads.size()), fibers.end());
+        }
       }
     }
     if (machine.order == Order::kShuffled) {
@@ -617,7 +698,8 @@ void fence() { running->fenced = true; }
 
 #else
 
-// --- threads ----------------------------------------------------------------------------------------------------------
+// --- threads
+// ----------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -670,7 +752,8 @@ void launch(const Launch& launch, const std::function<void()>& body) {
 
 } // namespace fastppo::emulator
 
-// --- from Python, through ctypes ----------------------------------------------------------------------------------------
+// --- from Python, through ctypes
+// ----------------------------------------------------------------------------------------
 
 #define FASTPPO_EXPORT extern "C" __attribute__((visibility("default")))
 

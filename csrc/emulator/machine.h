@@ -1,18 +1,19 @@
 /*
-A CUDA device made of host threads of execution, for tests: the .cuh and .cu files of csrc/cuda, compiled by g++ instead of nvcc, run
-on it. This file is the machine (blocks, warps, threads, barriers, shared memory); builtins.h dresses it up as
-CUDA; memory.h has the checked arrays. csrc/cuda/device.cuh includes them where FASTPPO_EMULATED is defined.
+A CUDA device made of host threads of execution, for tests: the .cuh and .cu files of csrc/cuda, compiled by g++ instead
+of nvcc, run on it. This file is the machine (blocks, warps, threads, barriers, shared memory); builtins.h dresses it up
+as CUDA; memory.h has the checked arrays. csrc/cuda/device.cuh includes them where FASTPPO_EMULATED is defined.
 
 Each CUDA thread is a fiber, so a block of 1024 costs no more than 1024 stacks. With FASTPPO_EMULATOR_THREADS each is a
 std::thread instead, which is slow and lets ThreadSanitizer see the races that a fiber, never interrupted, cannot have.
 
 Several blocks are in flight at once and take turns wherever a thread waits or uses an atomic, so "the last block to
-arrive" differs between the three orders (forward, reverse, shuffled). A kernel that is right gives the same bits in each.
+arrive" differs between the three orders (forward, reverse, shuffled). A kernel that is right gives the same bits in
+each.
 
 What a GPU would answer with undefined results, a hang or a launch error ends the process here, with a line that names
 the fault, file, line, kernel, block and thread:
   - threads of a block at different barriers, or one that returned while the others wait;
-  - lanes that disagree about a mask, a lane outside its own mask, a mask that names a lane that is not there, a shuffle
+  - lanes of one mask at different places, a lane outside its own mask, a mask that names a lane that is not there, a shuffle
     from a lane outside the mask;
   - a deadlock, and threads that spin on memory nobody writes;
   - a launch with no blocks or threads, more than 1024 threads, or more shared memory than there is;
@@ -59,7 +60,7 @@ enum class Order { kForward, kReverse, kShuffled };
 // Settings of the next launch and counts over all launches. Launches run one after another.
 struct Machine {
   Order order = Order::kForward;
-  unsigned seed = 1;       // of the shuffled order
+  unsigned seed = 1; // of the shuffled order
   int blocks_in_flight = 4;
   int64_t max_shared = kMaxShared; // what a kernel that asks the device is told
   int64_t launches = 0;

@@ -27,8 +27,7 @@ struct Index {
 };
 
 [[noreturn]] inline void fail_index(const char* what, int64_t index, int64_t size, Where where) {
-  fail(
-      std::string(what) + " index " + std::to_string(index) + " is out of range, size " + std::to_string(size), where);
+  fail(std::string(what) + " index " + std::to_string(index) + " is out of range, size " + std::to_string(size), where);
 }
 
 inline void count_load(int64_t bytes) {
