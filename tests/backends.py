@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -59,10 +60,15 @@ def cuda_headers() -> Path:
     )
 
 
-def build_emulated(name: str = "emulated", options: str = "") -> Path:
-    """Compile the emulated kernels, or what changed of them; return the library."""
+def build_emulated() -> Path:
+    """Compile the emulated kernels, or what changed of them; return the library.
+
+    With FASTPPO_EMULATED_SANITIZE=address,undefined in the environment, for those sanitizers (`make sanitize`).
+    """
     setup = setup_py()
-    folder = ROOT / "build" / name
+    sanitize = os.environ.get("FASTPPO_EMULATED_SANITIZE", "")
+    folder = ROOT / "build" / ("emulated" + f"-{sanitize.replace(',', '-')}" * bool(sanitize))
+    options = f"-fsanitize={sanitize};-fno-sanitize-recover=all" if sanitize else ""
     cmake, ninja = setup.build_tool("cmake"), setup.build_tool("ninja")
     jobs = setup.build_jobs({}, setup.usable_cpus(), setup.available_gib())
     commands = [

@@ -45,6 +45,7 @@ using Stream = cudaStream_t;
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
+    cudaGetLastError(); // forget it: the next call's check must not find this one's error
     throw std::runtime_error(std::string("fastppo: ") + what + ": " + cudaGetErrorString(status));
   }
 }
@@ -68,8 +69,13 @@ void launch(
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
   }
-  kernel<<<grid, block, static_cast<size_t>(shared), stream> > >(std::forward<Arguments>(arguments)...);
-  check_cuda(cudaGetLastError(), name);
+  // Not kernel<<<...>>>(...), which clang-format takes apart.
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
 }
 
 #define FASTPPO_LAUNCH(kernel, ...) ::fastppo::cuda::launch(#kernel, kernel, __VA_ARGS__)

@@ -121,7 +121,8 @@ struct Block {
 
 #if defined(FASTPPO_EMULATOR_THREADS)
   std::mutex mutex;
-  std::condition_variable changed;
+  std::condition_variable barrier_passed;
+  std::unique_ptr<std::condition_variable[]> warp_moved; // one per warp: waking a block for each shuffle takes minutes
 #endif
 };
 
@@ -171,7 +172,9 @@ struct Guard : Unseen, std::unique_lock<std::mutex> {
   explicit Guard(Block& block) : std::unique_lock<std::mutex>(block.mutex) {}
 };
 Guard guard(Block& block) { return Guard(block); }
-void wake(Block& block) { block.changed.notify_all(); }
+void wake(std::condition_variable& waiting) { waiting.notify_all(); }
+std::condition_variable& at_barrier(Block& block) { return block.barrier_passed; }
+std::condition_variable& in_warp(Block& block) { return block.warp_moved[running->number / 32]; }
 
 // Long enough for ThreadSanitizer on a loaded machine, short enough for a test of it.
 std::chrono::seconds patience() {
@@ -179,9 +182,9 @@ std::chrono::seconds patience() {
   return std::chrono::seconds(seconds != nullptr ? std::atoi(seconds) : 60);
 }
 
-void wait_for_change(Guard& guard, const unsigned& generation, Where where) {
+void wait_for_change(Guard& guard, std::condition_variable& change, const unsigned& generation, Where where) {
   const unsigned seen = generation;
-  if (!running->home->changed.wait_for(guard, patience(), [&] { return generation != seen; })) {
+  if (!change.wait_for(guard, patience(), [&] { return generation != seen; })) {
     fail("deadlock: this thread waits for others that never come", where);
   }
 }
@@ -190,12 +193,15 @@ void wait_for_change(Guard& guard, const unsigned& generation, Where where) {
 
 struct Guard {};
 Guard guard(Block&) { return {}; }
-void wake(Block&) {}
+struct Anyone {}; // whom to wake: the scheduler looks at all
+void wake(Anyone) {}
+Anyone at_barrier(Block&) { return {}; }
+Anyone in_warp(Block&) { return {}; }
 int64_t progress = 0; // barriers passed, threads ended: anything but spinning
 
 void back_to_scheduler();
 
-void wait_for_change(Guard&, const unsigned& generation, Where where) {
+void wait_for_change(Guard&, Anyone, const unsigned& generation, Where where) {
   Execution& self = execution();
   self.watched = &generation;
   self.seen = generation;
@@ -242,7 +248,7 @@ int meet_at_barrier(Barrier kind, bool predicate, Where where) {
   }
   block.yes += predicate;
   if (++block.arrived < static_cast<int>(block.threads.size())) {
-    wait_for_change(held, block.generation, where);
+    wait_for_change(held, at_barrier(block), block.generation, where);
     return block.result;
   }
   block.result = kind == Barrier::kCount ? block.yes
@@ -253,7 +259,7 @@ int meet_at_barrier(Barrier kind, bool predicate, Where where) {
 #if !defined(FASTPPO_EMULATOR_THREADS)
   ++progress;
 #endif
-  wake(block);
+  wake(at_barrier(block));
   return block.result;
 }
 
@@ -299,7 +305,7 @@ uint64_t meet_in_warp(Collective kind, unsigned mask, uint64_t value, int source
   self.source = source;
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1) && !(lane(i).waiting && lane(i).mask == mask)) {
-      wait_for_change(held, self.generation, where);
+      wait_for_change(held, in_warp(block), self.generation, where);
       return self.result;
     }
   }
@@ -329,7 +335,7 @@ uint64_t meet_in_warp(Collective kind, unsigned mask, uint64_t value, int source
 #if !defined(FASTPPO_EMULATOR_THREADS)
   ++progress;
 #endif
-  wake(block);
+  wake(in_warp(block));
   return self.result;
 }
 
@@ -395,6 +401,9 @@ void prepare(Block& block, const Launch& launch, uint64_t number) {
   const auto threads = static_cast<size_t>(size.x) * size.y * size.z;
   block.threads = std::vector<Execution>(threads);
   block.lanes.assign(threads, {});
+#if defined(FASTPPO_EMULATOR_THREADS)
+  block.warp_moved = std::make_unique<std::condition_variable[]>((threads + 31) / 32);
+#endif
   block.alive = static_cast<int>(threads);
   block.arrived = 0;
   block.memory.resize(kMaxShared);

@@ -13,8 +13,8 @@ each.
 What a GPU would answer with undefined results, a hang or a launch error ends the process here, with a line that names
 the fault, file, line, kernel, block and thread:
   - threads of a block at different barriers, or one that returned while the others wait;
-  - lanes of one mask at different places, a lane outside its own mask, a mask that names a lane that is not there, a shuffle
-    from a lane outside the mask;
+  - lanes of one mask at different places, a lane outside its own mask, a mask that names a lane that is not there, a
+shuffle from a lane outside the mask;
   - a deadlock, and threads that spin on memory nobody writes;
   - a launch with no blocks or threads, more than 1024 threads, or more shared memory than there is;
   - and through memory.h: reads of shared memory nobody wrote, indices out of range, vectors that are not aligned.

@@ -32,10 +32,7 @@ def test_right_kernels_run(name, build):
 # Words of the message; the line of the kernel that it points at.
 FAULTS = {
     "divergent_barrier": ("divergent barrier: other threads of the block wait at", "    __syncthreads();"),
-    "return_before_barrier": (
-        "divergent barrier: ",
-        "  __syncthreads();",
-    ),
+    "return_before_barrier": ("divergent barrier: ", "  __syncthreads();"),
     "deadlock": ("deadlock: this thread waits for others that never come", "    __s"),
     "livelock": ("livelock: threads spin on memory that nobody writes", "livelock"),
     "not_in_own_mask": ("partial mask: the calling lane is not in its own mask", "__shfl_sync(0x0000ffffu"),

@@ -1,5 +1,7 @@
 """The emulated backend is what it says: the CUDA kernels, under the product's ops, in any order of threads."""
 
+import os
+
 import backends
 import pytest
 import torch
@@ -47,6 +49,11 @@ def test_every_order_of_threads_gives_the_same_bits(name):
     for run in runs[1:]:
         for got, expected in zip(run, runs[0], strict=True):
             assert got.untyped_storage().tolist() == expected.untyped_storage().tolist()
+
+
+def test_the_library_is_built_for_the_sanitizers_that_were_asked_for():
+    asked = "address" in os.environ.get("FASTPPO_EMULATED_SANITIZE", "")
+    assert (b"__asan_report_load4" in backends.build_emulated().read_bytes()) == asked
 
 
 def test_every_emulated_op_is_in_the_list_above():
