@@ -121,6 +121,37 @@ def test_the_library_loads_without_a_driver_and_without_torchs_cuda_libraries():
     assert [name for name in needed if "cuda" in name] == []
 
 
+def test_the_library_loads_where_torch_was_built_without_cuda(tmp_path):
+    # There libtorch.so does not bring libtorch_cuda.so. Nor does this one, which stands before torch's own.
+    subprocess.run(
+        [
+            "g++",
+            "-shared",
+            "-x",
+            "c++",
+            os.devnull,
+            "-Wl,-soname,libtorch.so",
+            "-o",
+            tmp_path / "libtorch.so",
+        ],
+        check=True,
+    )
+    folders = f"{tmp_path}:{Path(torch.__file__).parent / 'lib'}"
+    code = f"""
+import ctypes, os
+ctypes.CDLL({_C.__file__!r}, mode=os.RTLD_NOW)
+loaded = open("/proc/self/maps").read()
+assert "libtorch_cpu.so" in loaded and "libtorch_cuda.so" not in loaded
+"""
+    got = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": folders},
+    )
+    assert got.returncode == 0, got.stderr
+
+
 def test_jobs_are_capped_by_memory_and_processors(setup_py):
     assert setup_py.build_jobs({}, cpus=64, memory_gib=7) == 3
     assert setup_py.build_jobs({}, cpus=2, memory_gib=500) == 2

@@ -19,8 +19,11 @@ only how a thread waits, and that is at the end of the file.
 #include <chrono>
 #include <condition_variable>
 #include <thread>
-#elif !defined(__x86_64__)
+#elif !defined(__x86_64__) || defined(FASTPPO_EMULATOR_UCONTEXT)
+#define FASTPPO_UCONTEXT 1 // a system call per switch, but on every processor
 #include <ucontext.h>
+#else
+#define FASTPPO_UCONTEXT 0
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -89,7 +92,7 @@ struct Execution {
   Where waits_at;
 #if !defined(FASTPPO_EMULATOR_THREADS)
   void* stack = nullptr;
-#if defined(__x86_64__)
+#if !FASTPPO_UCONTEXT
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
@@ -525,7 +528,7 @@ class Stacks {
   std::vector<void*> spare_;
 } stacks;
 
-#if defined(__x86_64__)
+#if !FASTPPO_UCONTEXT
 // Saves what a call must preserve, and the stack pointer in *save; goes on where `to` was saved.
 extern "C" void fastppo_emulator_switch(void** save, void* to);
 asm(R"(
@@ -566,7 +569,7 @@ void back_to_scheduler() {
 #if FASTPPO_ASAN
   __sanitizer_start_switch_fiber(self.returned ? nullptr : &self.fake_stack, scheduler_bottom, scheduler_size);
 #endif
-#if defined(__x86_64__)
+#if !FASTPPO_UCONTEXT
   fastppo_emulator_switch(&self.stack_pointer, scheduler_stack);
 #else
   swapcontext(&self.context, &scheduler_context);
@@ -590,7 +593,7 @@ void fiber_main() {
 
 void start(Execution& fiber) {
   fiber.stack = stacks.take();
-#if defined(__x86_64__)
+#if !FASTPPO_UCONTEXT
   // As if fiber_main had been interrupted at its first instruction: its address where `ret` looks, six registers below.
   // After the `ret`, the stack pointer is 8 off a multiple of 16, as after a call.
   auto** top = reinterpret_cast<void**>(static_cast<char*>(fiber.stack) + kStack);
@@ -614,7 +617,7 @@ void resume(Execution& fiber) {
 #if FASTPPO_ASAN
   __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack, kStack);
 #endif
-#if defined(__x86_64__)
+#if !FASTPPO_UCONTEXT
   fastppo_emulator_switch(&scheduler_stack, fiber.stack_pointer);
 #else
   swapcontext(&scheduler_context, &fiber.context);

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILDS = {
     "fibers": ["-O1", "-g1"],
+    "ucontext": ["-O1", "-g1", "-DFASTPPO_EMULATOR_UCONTEXT"],  # as on processors other than x86-64
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g1", "-fsanitize=thread", "-DFASTPPO_EMULATOR_THREADS"],
 }
