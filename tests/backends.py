@@ -8,6 +8,7 @@ test first asks for it, into build/emulated, and again when a source changes.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -60,6 +61,15 @@ def cuda_headers() -> Path:
     )
 
 
+@contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Keep other test processes (pytest -n) from building the same thing meanwhile."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f"{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_emulated() -> Path:
     """Compile the emulated kernels, or what changed of them; return the library.
 
@@ -80,9 +90,10 @@ def build_emulated() -> Path:
         ],
         [cmake, "--build", str(folder), "--target", "fastppo_emulated", "--parallel", str(jobs)],
     ]
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    with one_at_a_time(folder):
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return folder / "libfastppo_emulated.so"
 
 

@@ -36,8 +36,10 @@ def program(build: str, source: str = "programs") -> Path:
     """Return a program built one way: compiled when a test first asks for it, and again when something changed."""
     output = ROOT / "build" / "emulator" / f"{source}-{build}"
     sources = [HERE / f"{source}.cpp", *(ROOT / "csrc").rglob("*.*"), Path(__file__)]
-    if not output.is_file() or output.stat().st_mtime < max(path.stat().st_mtime for path in sources):
-        compile_with(HERE / f"{source}.cpp", output, BUILDS[build])
+    newest = max(path.stat().st_mtime for path in sources)
+    with backends.one_at_a_time(output):
+        if not output.is_file() or output.stat().st_mtime < newest:
+            compile_with(HERE / f"{source}.cpp", output, BUILDS[build])
     return output
 
 
