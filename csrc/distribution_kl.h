@@ -21,15 +21,16 @@ Backward:
 namespace fastppo {
 
 struct KlSums {
-  double max_p = -std::numeric_limits<double>::infinity();
+  double reference_p = -std::numeric_limits<double>::infinity();
   double sum_p = 0;
-  double max_q = -std::numeric_limits<double>::infinity();
+  double reference_q = -std::numeric_limits<double>::infinity();
   double sum_q = 0;
   double difference = 0;
 
   // Adds the sums of further logits of the same row.
   FASTPPO_HD void merge(KlSums other, double inv_temperature) {
-    const double p = other.max_p > max_p ? other.max_p : max_p, q = other.max_q > max_q ? other.max_q : max_q;
+    const double p = other.reference_p > reference_p ? other.reference_p : reference_p,
+                 q = other.reference_q > reference_q ? other.reference_q : reference_q;
     rescale(p, q, inv_temperature);
     other.rescale(p, q, inv_temperature);
     sum_p += other.sum_p;
@@ -43,26 +44,26 @@ struct KlSums {
   }
 
  private:
-  // Makes the sums relative to higher maxima. A part without mass (-inf everywhere) has nothing to shift.
+  // Makes the sums relative to higher references. A part without mass (-inf everywhere) has nothing to shift.
   FASTPPO_HD void rescale(double p, double q, double inv_temperature) {
     if (sum_q != 0) {
-      const double shift = (max_q - q) * inv_temperature;
+      const double shift = (reference_q - q) * inv_temperature;
       sum_q *= std::exp(shift);
       difference -= sum_p == 0 ? 0 : shift * sum_p;
     }
     if (sum_p != 0) {
-      const double shift = (max_p - p) * inv_temperature, factor = std::exp(shift);
+      const double shift = (reference_p - p) * inv_temperature, factor = std::exp(shift);
       difference = factor == 0 ? 0 : factor * (difference + shift * sum_p);
       sum_p *= factor;
     }
-    max_p = p;
-    max_q = q;
+    reference_p = p;
+    reference_q = q;
   }
 };
 
 // What the backward needs of one row.
 struct KlGrad {
-  float max_p, log_sum_p, max_q, log_sum_q;
+  float reference_p, log_sum_p, reference_q, log_sum_q;
   float kl;
   float inv_temperature;
   float scale; // grad / temperature

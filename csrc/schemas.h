@@ -42,18 +42,18 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   // logprobs
   m.def(
       "logprobs(Tensor logits, Tensor ids, float temperature) "
-      "-> (Tensor logprobs, Tensor entropy, Tensor max, Tensor log_sum)");
+      "-> (Tensor logprobs, Tensor entropy, Tensor reference, Tensor log_sum)");
   m.def(
       "logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor ids, Tensor entropy, "
-      "Tensor max, Tensor log_sum, float temperature) -> Tensor");
+      "Tensor reference, Tensor log_sum, float temperature) -> Tensor");
 
   // linear_logprobs
   m.def(
       "linear_logprobs(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float temperature, float? softcap, "
-      "float logit_scale) -> (Tensor logprobs, Tensor entropy, Tensor max, Tensor log_sum)");
+      "float logit_scale) -> (Tensor logprobs, Tensor entropy, Tensor reference, Tensor log_sum)");
   m.def(
       "linear_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
-      "Tensor ids, Tensor? bias, Tensor entropy, Tensor max, Tensor log_sum, float temperature, float? softcap, "
+      "Tensor ids, Tensor? bias, Tensor entropy, Tensor reference, Tensor log_sum, float temperature, float? softcap, "
       "float logit_scale, bool needs_hidden, bool needs_weight, bool needs_bias) "
       "-> (Tensor hidden, Tensor weight, Tensor bias)");
 

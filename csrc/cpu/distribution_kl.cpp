@@ -10,7 +10,7 @@ tiles of a row are merged in order.
 namespace fastppo {
 namespace {
 
-constexpr int64_t kStats = 4; // max and log of the sum, of the policy and of the reference
+constexpr int64_t kStats = 4; // reference and log of the sum, of the policy and of the reference
 
 // kl (...) and what its backward needs of each row, (..., 4).
 std::tuple<Tensor, Tensor> distribution_kl(const Tensor& logits, const Tensor& ref_logits, double temperature) {
@@ -21,9 +21,7 @@ std::tuple<Tensor, Tensor> distribution_kl(const Tensor& logits, const Tensor& r
   std::vector<KlSums> sums(x.rows * tiles);
   const auto tile_sums = FASTPPO_PICK(kl_sums);
   for_each_tile(x.rows, x.vocabulary, [&](int64_t row, int64_t tile, int64_t column, int64_t n) {
-    tile_sums(
-        x.at(row, column), y.at(row, column), x.dtype, n, static_cast<float>(inv_temperature),
-        sums[row * tiles + tile]);
+    tile_sums(x.at(row, column), y.at(row, column), x.dtype, n, inv_temperature, sums[row * tiles + tile]);
   });
 
   std::vector<int64_t> stats_sizes(logits.sizes().begin(), logits.sizes().end());
@@ -37,7 +35,13 @@ std::tuple<Tensor, Tensor> distribution_kl(const Tensor& logits, const Tensor& r
       total.merge(sums[row * tiles + tile], inv_temperature);
     }
     kl_out[row] = static_cast<float>(total.kl());
-    const double values[kStats] = {total.max_p, std::log(total.sum_p), total.max_q, std::log(total.sum_q)};
+    // Relative to the references rounded to float32, which is how the backward gets them.
+    const auto log_sum = [&](double sum, double reference) {
+      return std::log(sum) + (reference - static_cast<float>(reference)) * inv_temperature;
+    };
+    const double values[kStats] = {
+        total.reference_p, log_sum(total.sum_p, total.reference_p), total.reference_q,
+        log_sum(total.sum_q, total.reference_q)};
     std::copy(values, values + kStats, stats_out + row * kStats);
   });
   return {kl, stats};

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprobs(
       const int64_t row = first + i;
       to_logits(head, bytes(tile) + i * n * bytes_of(dtype), dtype, bias ? &biases[column] : nullptr, n, logits);
       SoftmaxSums part;
-      fold(logits, DType::kFloat32, n, static_cast<float>(inv_temperature), part);
+      fold(logits, DType::kFloat32, n, inv_temperature, part, nullptr);
       sums[row].merge(part, inv_temperature);
       if (id[row] >= column && id[row] < column + n) {
         picked[row] = logits[id[row] - column];
@@ -115,16 +115,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprobs(
   });
 
   const Tensor logprob = empty_float(hidden, ids.sizes()), entropy = empty_float(hidden, ids.sizes());
-  const Tensor max = empty_float(hidden, ids.sizes()), log_sum = empty_float(hidden, ids.sizes());
+  const Tensor reference = empty_float(hidden, ids.sizes()), log_sum = empty_float(hidden, ids.sizes());
   float *logprob_out = float_data(logprob), *entropy_out = float_data(entropy);
-  float *max_out = float_data(max), *log_sum_out = float_data(log_sum);
+  float *reference_out = float_data(reference), *log_sum_out = float_data(log_sum);
   for (int64_t row = 0; row < rows; ++row) {
     logprob_out[row] = static_cast<float>(sums[row].logprob(picked[row], inv_temperature));
     entropy_out[row] = static_cast<float>(sums[row].entropy());
-    max_out[row] = static_cast<float>(sums[row].max);
-    log_sum_out[row] = static_cast<float>(sums[row].log_sum());
+    reference_out[row] = static_cast<float>(sums[row].reference);
+    log_sum_out[row] = static_cast<float>(sums[row].log_sum_of_rounded(inv_temperature));
   }
-  return {logprob, entropy, max, log_sum};
+  return {logprob, entropy, reference, log_sum};
 }
 
 // The rows with a gradient: all that the backward computes with.
@@ -154,14 +154,14 @@ Tensor gathered(const Tensor& x, const std::vector<int64_t>& rows) {
 
 std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
     const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const Tensor& hidden, const Tensor& weight,
-    const Tensor& ids, const OptionalTensor& bias, const Tensor& entropy, const Tensor& max, const Tensor& log_sum,
-    double temperature, std::optional<double> softcap, double logit_scale, bool needs_hidden, bool needs_weight,
-    bool needs_bias) {
+    const Tensor& ids, const OptionalTensor& bias, const Tensor& entropy, const Tensor& reference,
+    const Tensor& log_sum, double temperature, std::optional<double> softcap, double logit_scale, bool needs_hidden,
+    bool needs_weight, bool needs_bias) {
   const Tensor held_ids = contiguous_ids(ids);
   const int64_t* id = id_data(held_ids);
   const int64_t vocabulary = weight.size(0), width = weight.size(1);
   const RowValues row_grad_logprob(grad_logprobs), row_grad_entropy(grad_entropy);
-  const RowValues row_entropy(entropy), row_max(max), row_log_sum(log_sum);
+  const RowValues row_entropy(entropy), row_reference(reference), row_log_sum(log_sum);
   const std::vector<int64_t> active = active_rows(row_grad_logprob, row_grad_entropy, hidden.size(0));
   const auto rows = static_cast<int64_t>(active.size());
 
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
       char* x = bytes(tile) + i * n * bytes_of(dtype);
       to_logits(head, x, dtype, bias ? &biases[column] : nullptr, n, logits);
       const SoftmaxGrad grad(
-          row_grad_logprob[row], row_grad_entropy[row], row_entropy[row], static_cast<float>(row_max[row]),
+          row_grad_logprob[row], row_grad_entropy[row], row_entropy[row], static_cast<float>(row_reference[row]),
           static_cast<float>(row_log_sum[row]), inv_temperature);
       to_dlogits(grad, logits, DType::kFloat32, n, dlogits);
       if (id[row] >= column && id[row] < column + n) {

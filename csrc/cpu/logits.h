@@ -10,10 +10,10 @@ Logits as rows of any leading shape and strides, and the way rows are cut into t
 
 namespace fastppo {
 
-// Elements of a row per task: 16 KB of float32, so that a second pass over a tile comes from the L1 cache, and one
-// row of a large vocabulary is enough work for every core. Borders depend on V alone, never on the thread count.
-constexpr int64_t kTile = 4096;
-constexpr int64_t kTilesPerThread = 8; // below this many, waking another thread costs more than it saves
+// Elements of a row per task: a large vocabulary is enough work for several cores even when there is one row. Borders
+// depend on V alone, never on the thread count.
+constexpr int64_t kTile = 8192;
+constexpr int64_t kTilesPerThread = 4; // below this many, waking another thread costs more than it saves
 
 inline int64_t tiles_of(int64_t vocabulary) { return (vocabulary + kTile - 1) / kTile; }
 

@@ -22,13 +22,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs(const Tensor& logits, const 
   std::vector<SoftmaxSums> sums(x.rows * tiles);
   const auto tile_sums = FASTPPO_PICK(softmax_sums);
   for_each_tile(x.rows, x.vocabulary, [&](int64_t row, int64_t tile, int64_t column, int64_t n) {
-    tile_sums(x.at(row, column), x.dtype, n, static_cast<float>(inv_temperature), sums[row * tiles + tile]);
+    tile_sums(x.at(row, column), x.dtype, n, inv_temperature, sums[row * tiles + tile], nullptr);
   });
 
   const Tensor picked = empty_float(logits, ids.sizes()), entropy = empty_float(logits, ids.sizes());
-  const Tensor max = empty_float(logits, ids.sizes()), log_sum = empty_float(logits, ids.sizes());
+  const Tensor reference = empty_float(logits, ids.sizes()), log_sum = empty_float(logits, ids.sizes());
   float *picked_out = float_data(picked), *entropy_out = float_data(entropy);
-  float *max_out = float_data(max), *log_sum_out = float_data(log_sum);
+  float *reference_out = float_data(reference), *log_sum_out = float_data(log_sum);
   for_each_row(x.rows, tiles, [&](int64_t row) {
     SoftmaxSums total;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -36,22 +36,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs(const Tensor& logits, const 
     }
     picked_out[row] = static_cast<float>(total.logprob(x.value(row, id[row]), inv_temperature));
     entropy_out[row] = static_cast<float>(total.entropy());
-    max_out[row] = static_cast<float>(total.max);
-    log_sum_out[row] = static_cast<float>(total.log_sum());
+    reference_out[row] = static_cast<float>(total.reference);
+    log_sum_out[row] = static_cast<float>(total.log_sum_of_rounded(inv_temperature));
   });
-  return {picked, entropy, max, log_sum};
+  return {picked, entropy, reference, log_sum};
 }
 
 Tensor logprobs_backward(
     const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const Tensor& logits, const Tensor& ids,
-    const Tensor& entropy, const Tensor& max, const Tensor& log_sum, double temperature) {
+    const Tensor& entropy, const Tensor& reference, const Tensor& log_sum, double temperature) {
   const Tensor held_ids = contiguous_ids(ids);
   const int64_t* id = id_data(held_ids);
   const LogitRows x(logits);
   const Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
   const LogitRows dx(dlogits);
   const RowValues row_grad_logprob(grad_logprobs), row_grad_entropy(grad_entropy);
-  const RowValues row_entropy(entropy), row_max(max), row_log_sum(log_sum);
+  const RowValues row_entropy(entropy), row_reference(reference), row_log_sum(log_sum);
 
   const double inv_temperature = 1 / temperature;
   const auto tile_grad = FASTPPO_PICK(logprobs_grad);
@@ -63,7 +63,7 @@ Tensor logprobs_backward(
       return;
     }
     const SoftmaxGrad grad(
-        grad_logprob, grad_entropy, row_entropy[row], row_max[row], row_log_sum[row], inv_temperature);
+        grad_logprob, grad_entropy, row_entropy[row], row_reference[row], row_log_sum[row], inv_temperature);
     tile_grad(grad, x.at(row, column), x.dtype, n, out);
     const int64_t picked = id[row];
     if (picked >= column && picked < column + n) {

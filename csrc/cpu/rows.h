@@ -29,4 +29,8 @@ struct MaskRows {
 // block borders, and with them the order of every sum, depend on the shape alone and never on the thread count.
 constexpr int64_t kBlock = 512;
 
+// Logits are summed in chunks of this many, whose maximum is a by-product: a truncation looks only at those chunks
+// where kept tokens can be.
+constexpr int64_t kChunk = 128;
+
 } // namespace fastppo

@@ -1,10 +1,11 @@
 /*
 sample on the CPU, in two steps.
-  1. Every tile of every row, in parallel: its sums (softmax.h) and, when something truncates, its block maxima.
+  1. Every tile of every row, in parallel: its sums (softmax.h) and, when something truncates, its chunk maxima.
   2. Every row, in parallel: merge the tiles, find where the ranking is cut, draw.
-Without truncation the draw goes to a tile by the tile sums and looks at the weights of that tile only. With truncation
-it looks at the blocks whose maximum reaches a bound below which no kept token can be; the cut is found there by radix
-selection over the bits of the logits. Nothing is sorted, and a row of equal logits costs no more than any other.
+Without truncation the draw goes to a tile by the tile sums, to a chunk by the chunk sums of that tile, and looks at the
+weights of that chunk only. With truncation it looks at the chunks whose maximum reaches a bound below which no kept
+token can be; the cut is found there by radix selection over the bits of the logits. Nothing is sorted, and a row of
+equal logits costs no more than any other.
 */
 #include "csrc/sample.h"
 
@@ -34,11 +35,17 @@ struct Drawn {
 
 // The tokens of a row that may be kept, in id order. One for each thread, reused from row to row.
 struct Candidates {
+  int64_t size = 0;
   std::vector<int64_t> ids;
-  std::vector<float> logits;
-  std::vector<float> weights;
+  std::vector<float> logits, weights;
 
-  int64_t size() const { return static_cast<int64_t>(ids.size()); }
+  void make_room(int64_t more) {
+    if (size + more > static_cast<int64_t>(ids.size())) {
+      ids.resize(2 * (size + more));
+      logits.resize(ids.size());
+      weights.resize(ids.size());
+    }
+  }
 };
 
 class RowSampler {
@@ -53,82 +60,85 @@ class RowSampler {
   }
 
  private:
+  // The first of n places whose running mass exceeds the target, else the last that has any; the mass before it is
+  // taken off the target.
+  template <class MassOf>
+  static int64_t place_of(double& target, int64_t n, const MassOf& mass_of) {
+    int64_t place = 0;
+    double before = 0, running = 0;
+    for (int64_t i = 0; i < n && running <= target; ++i) {
+      const double mass = mass_of(i);
+      if (mass > 0) {
+        place = i;
+        before = running;
+        running += mass;
+      }
+    }
+    target -= before;
+    return place;
+  }
+
   Drawn draw_any(const SoftmaxSums* tiles, double uniform) {
-    const int64_t count = tiles_of(x_.vocabulary);
-    const double target = uniform * total_.sum;
-    double before = 0, running = 0; // mass before the chosen tile, and with it
-    int64_t chosen = 0;
-    for (int64_t tile = 0; tile < count && running <= target; ++tile) {
-      const double shift = (tiles[tile].max - total_.max) * settings_.inv_temperature;
-      if (shift < 1 - kLowest) {
-        continue; // its float32 weights are all 0
-      }
-      chosen = tile;
-      before = running;
-      running += tiles[tile].sum * std::exp(shift);
-    }
-    const int64_t column = chosen * kTile, n = std::min(kTile, x_.vocabulary - column);
+    const auto scale = [&](int64_t tile) {
+      return std::exp((tiles[tile].reference - total_.reference) * settings_.inv_temperature);
+    };
+    double target = uniform * total_.sum;
+    const int64_t tile = place_of(target, tiles_of(x_.vocabulary), [&](int64_t i) { return tiles[i].sum * scale(i); });
+    target /= scale(tile);
+    const int64_t column = tile * kTile, n = std::min(kTile, x_.vocabulary - column);
     float weights[kTile];
-    weigh_(x_.at(row_, column), x_.dtype, n, max(), inv_temperature(), weights);
-    int64_t id = -1;
-    for (int64_t i = 0; i < n; ++i) {
-      if (weights[i] == 0) {
-        continue;
-      }
-      id = column + i;
-      before += weights[i];
-      if (before > target) {
-        break;
-      }
-    }
+    double chunks[kTile / kChunk];
+    weigh_chunks_(
+        x_.at(row_, column), x_.dtype, n, static_cast<float>(tiles[tile].reference), settings_.inv_temperature, weights,
+        chunks);
+    const int64_t first = kChunk * place_of(target, (n + kChunk - 1) / kChunk, [&](int64_t i) { return chunks[i]; });
+    const int64_t id = column + first + place_of(target, std::min(kChunk, n - first), [&](int64_t i) -> double {
+                         return weights[first + i];
+                       });
     return {id, total_.logprob(x_.value(row_, id), settings_.inv_temperature)};
   }
 
   Drawn draw_truncated(const float* maxima, double uniform) {
-    const Cutoff cut = find_cut(maxima);
+    const int64_t chunks = (x_.vocabulary + kChunk - 1) / kChunk;
+    best_ = *std::max_element(maxima, maxima + chunks);
+    const Cutoff cut = find_cut(maxima, chunks);
     double kept_mass = 0;
-    int64_t ties = 0, kept = 0;
-    for (int64_t i = 0; i < candidates_.size(); ++i) {
-      const uint32_t key = rank_key(candidates_.logits[i]);
-      const bool keep = key > cut.key || (key == cut.key && ties++ < cut.ties);
-      if (keep && candidates_.weights[i] > 0 && candidates_.weights[i] >= static_cast<float>(settings_.min_p)) {
+    int64_t kept = 0;
+    for_each_kept(cut, [&](int64_t i, uint32_t) {
+      if (candidates_.weights[i] > 0 && candidates_.weights[i] >= static_cast<float>(settings_.min_p)) {
         kept_mass += candidates_.weights[i];
         candidates_.ids[kept] = candidates_.ids[i];
         candidates_.weights[kept] = candidates_.weights[i];
         ++kept;
       }
-    }
-    const double target = uniform * kept_mass;
-    double running = 0;
-    int64_t drawn = 0;
-    for (; drawn + 1 < kept; ++drawn) {
-      running += candidates_.weights[drawn];
-      if (running > target) {
-        break;
-      }
-    }
-    const int64_t id = candidates_.ids[drawn];
-    const double z = (x_.value(row_, id) - total_.max) * settings_.inv_temperature;
+    });
+    double target = uniform * kept_mass;
+    const int64_t id =
+        candidates_.ids[place_of(target, kept, [&](int64_t i) -> double { return candidates_.weights[i]; })];
+    const double z = (x_.value(row_, id) - best_) * settings_.inv_temperature;
     return {id, z - std::log(kept_mass)};
   }
 
   // Gathers the candidates and says where top_k and top_p cut them; min_p is a test on each weight.
-  Cutoff find_cut(const float* maxima) {
-    const int64_t blocks = (x_.vocabulary + kMaximaBlock - 1) / kMaximaBlock;
+  Cutoff find_cut(const float* maxima, int64_t chunks) {
     const auto one = [](int64_t) { return 1.0; };
     const auto weight = [this](int64_t i) -> double { return candidates_.weights[i]; };
+    const auto below_best = [this](double nats) {
+      return static_cast<float>(best_ - nats / settings_.inv_temperature);
+    };
     Cutoff cut;
     if (settings_.top_k > 0) {
-      gather(maxima, blocks, kth_largest(maxima, blocks));
+      gather(maxima, chunks, bound_of_top_k(maxima, chunks));
       cut = select(one, static_cast<double>(settings_.top_k), cut);
       if (settings_.top_p < 1) {
         cut.intersect(select(weight, settings_.top_p * mass(cut), cut));
       }
     } else if (settings_.top_p < 1) {
       // Most mass is near the maximum: look further below it only while what was found is not enough.
-      const double target = settings_.top_p * total_.sum;
-      for (double depth = 8; depth < 2 * kLowest; depth *= 2) {
-        gather(maxima, blocks, static_cast<float>(total_.max - std::min(depth, kLowest) / settings_.inv_temperature));
+      const double all = total_.sum * std::exp((total_.reference - best_) * settings_.inv_temperature);
+      const double target = settings_.top_p * all;
+      for (double depth = 8; depth < 2 * kDeepest; depth *= 2) {
+        gather(maxima, chunks, below_best(std::min(depth, kDeepest)));
         if (mass(cut) >= target) {
           break;
         }
@@ -136,45 +146,52 @@ class RowSampler {
       cut = select(weight, target, cut);
     } else {
       // A little lower than min_p asks: the test on the weight decides.
-      const double depth = std::min(kLowest, 1e-3 - std::log(settings_.min_p));
-      gather(maxima, blocks, static_cast<float>(total_.max - depth / settings_.inv_temperature));
+      gather(maxima, chunks, below_best(std::min(kDeepest, 1e-3 - std::log(settings_.min_p))));
     }
     return cut;
   }
 
-  // A bound that at least top_k logits reach: the top_k-th largest of the block maxima.
-  float kth_largest(const float* maxima, int64_t blocks) {
-    if (settings_.top_k > blocks) {
-      return -std::numeric_limits<float>::infinity();
+  // A bound that at least top_k logits reach: as high as a few halvings find one that top_k chunk maxima reach.
+  float bound_of_top_k(const float* maxima, int64_t chunks) const {
+    constexpr float kNone = -std::numeric_limits<float>::infinity();
+    const auto reached = [&](float bound) {
+      int64_t count = 0;
+      count_at_least_(maxima, chunks, bound, count);
+      return count >= settings_.top_k;
+    };
+    float low = std::max(*std::min_element(maxima, maxima + chunks), -std::numeric_limits<float>::max());
+    if (!reached(low)) {
+      return kNone;
     }
-    sorted_.assign(maxima, maxima + blocks);
-    const auto kth = sorted_.begin() + (settings_.top_k - 1);
-    std::nth_element(sorted_.begin(), kth, sorted_.end(), std::greater<float>());
-    return *kth;
+    float high = best_;
+    for (int halving = 0; halving < 12; ++halving) {
+      const float middle = low + (high - low) / 2;
+      (reached(middle) ? low : high) = middle;
+    }
+    return low;
   }
 
   // Candidates are the logits >= bound, without -inf.
-  void gather(const float* maxima, int64_t blocks, float bound) {
+  void gather(const float* maxima, int64_t chunks, float bound) {
     bound = std::max(bound, -std::numeric_limits<float>::max());
-    candidates_.ids.clear();
-    candidates_.logits.clear();
-    float block_logits[kMaximaBlock];
-    for (int64_t block = 0; block < blocks; ++block) {
-      if (maxima[block] < bound) {
+    candidates_.size = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      if (maxima[chunk] < bound) {
         continue;
       }
-      const int64_t column = block * kMaximaBlock, n = std::min(kMaximaBlock, x_.vocabulary - column);
-      widen_(x_.at(row_, column), x_.dtype, n, block_logits);
-      for (int64_t i = 0; i < n; ++i) {
-        if (block_logits[i] >= bound) {
-          candidates_.ids.push_back(column + i);
-          candidates_.logits.push_back(block_logits[i]);
-        }
+      const int64_t column = chunk * kChunk, n = std::min(kChunk, x_.vocabulary - column);
+      candidates_.make_room(kChunk);
+      float* logits = &candidates_.logits[candidates_.size];
+      int64_t* ids = &candidates_.ids[candidates_.size];
+      int64_t found = 0;
+      select_(x_.at(row_, column), x_.dtype, n, bound, ids, logits, found);
+      for (int64_t i = 0; i < found; ++i) {
+        ids[i] += column;
       }
+      candidates_.size += found;
     }
-    candidates_.weights.resize(candidates_.ids.size());
     weigh_(
-        candidates_.logits.data(), DType::kFloat32, candidates_.size(), max(), inv_temperature(),
+        candidates_.logits.data(), DType::kFloat32, candidates_.size, best_, settings_.inv_temperature,
         candidates_.weights.data());
   }
 
@@ -182,7 +199,7 @@ class RowSampler {
   template <class Body>
   void for_each_kept(const Cutoff& cut, const Body& body) const {
     int64_t ties = 0;
-    for (int64_t i = 0; i < candidates_.size(); ++i) {
+    for (int64_t i = 0; i < candidates_.size; ++i) {
       const uint32_t key = rank_key(candidates_.logits[i]);
       if (key > cut.key || (key == cut.key && ties++ < cut.ties)) {
         body(i, key);
@@ -200,13 +217,14 @@ class RowSampler {
   // last one is found digit by digit, from the high bits down; each digit's tokens are weighed in id order.
   template <class WeightOf>
   Cutoff select(const WeightOf& weight_of, double target, const Cutoff& within) {
-    constexpr int kShifts[] = {21, 10, 0};
-    constexpr int kBits[] = {11, 11, 10};
+    // A few candidates deserve few digits: they are cleared and searched at every level.
+    const int most_bits = candidates_.size < 1024 ? 6 : 11;
     uint32_t prefix = 0, fixed = 0; // the digits found so far, and a mask of their bits
     double before = 0;
-    for (int level = 0; level < 3; ++level) {
-      const int shift = kShifts[level];
-      const uint32_t digits = 1u << kBits[level];
+    for (int shift = 32; shift > 0;) {
+      const int bits = std::min(most_bits, shift);
+      shift -= bits;
+      const uint32_t digits = 1u << bits;
       digits_.assign(digits, {});
       for_each_kept(within, [&](int64_t i, uint32_t key) {
         if ((key & fixed) == prefix) {
@@ -232,33 +250,36 @@ class RowSampler {
       before = found_before;
       prefix |= found << shift;
       fixed |= (digits - 1) << shift;
-      if (level == 2) {
-        const Digit& last = digits_[found];
-        const double each = last.mass / static_cast<double>(last.count);
-        return {prefix, each > 0 ? kept_ties(before, each, target, last.count) : last.count};
-      }
     }
-    return within;
+    // All that is left has one logit.
+    int64_t ties = 0;
+    double each = 0;
+    for_each_kept(within, [&](int64_t i, uint32_t key) {
+      if (key == prefix) {
+        ++ties;
+        each = weight_of(i);
+      }
+    });
+    return {prefix, each > 0 ? kept_ties(before, each, target, ties) : ties};
   }
-
-  float max() const { return static_cast<float>(total_.max); }
-  float inv_temperature() const { return static_cast<float>(settings_.inv_temperature); }
 
   struct Digit {
     double mass = 0;
     int64_t count = 0;
   };
 
-  static constexpr double kLowest = 88; // nats below the best token, from where on float32 weights are 0
+  static constexpr double kDeepest = 105; // nats below the best token, from where on float32 weights are 0
 
   const LogitRows& x_;
   const Settings& settings_;
   decltype(FASTPPO_PICK(softmax_weights)) weigh_ = FASTPPO_PICK(softmax_weights);
-  decltype(FASTPPO_PICK(to_float32)) widen_ = FASTPPO_PICK(to_float32);
+  decltype(FASTPPO_PICK(chunk_weights)) weigh_chunks_ = FASTPPO_PICK(chunk_weights);
+  decltype(FASTPPO_PICK(count_at_least)) count_at_least_ = FASTPPO_PICK(count_at_least);
+  decltype(FASTPPO_PICK(select_at_least)) select_ = FASTPPO_PICK(select_at_least);
   int64_t row_ = 0;
   SoftmaxSums total_;
+  float best_ = 0; // the highest logit of the row
   Candidates candidates_;
-  std::vector<float> sorted_;
   std::vector<Digit> digits_;
 };
 
@@ -271,17 +292,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(
   const Tensor held_counters = contiguous_ids(counters);
   const int64_t* counter = id_data(held_counters);
 
-  const int64_t tiles = tiles_of(x.vocabulary), blocks = (x.vocabulary + kMaximaBlock - 1) / kMaximaBlock;
+  const int64_t tiles = tiles_of(x.vocabulary), chunks = (x.vocabulary + kChunk - 1) / kChunk;
   std::vector<SoftmaxSums> sums(x.rows * tiles);
-  std::vector<float> maxima(settings.truncates() ? x.rows * blocks : 0);
+  std::vector<float> maxima(settings.truncates() ? x.rows * chunks : 0);
   const auto tile_sums = FASTPPO_PICK(softmax_sums);
-  const auto tile_maxima = FASTPPO_PICK(block_maxima);
   for_each_tile(x.rows, x.vocabulary, [&](int64_t row, int64_t tile, int64_t column, int64_t n) {
-    const void* logit = x.at(row, column);
-    tile_sums(logit, x.dtype, n, static_cast<float>(settings.inv_temperature), sums[row * tiles + tile]);
-    if (settings.truncates()) {
-      tile_maxima(logit, x.dtype, n, &maxima[row * blocks + column / kMaximaBlock]);
-    }
+    float* maxima_out = settings.truncates() ? &maxima[row * chunks + column / kChunk] : nullptr;
+    tile_sums(x.at(row, column), x.dtype, n, settings.inv_temperature, sums[row * tiles + tile], maxima_out);
   });
 
   std::vector<SoftmaxSums> totals(x.rows);
@@ -303,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(
     RowSampler sampler(x, settings);
     for (int64_t row = begin; row < end; ++row) {
       const Drawn drawn = sampler.draw(
-          row, totals[row], &sums[row * tiles], maxima.data() + (settings.truncates() ? row * blocks : 0),
+          row, totals[row], &sums[row * tiles], maxima.data() + (settings.truncates() ? row * chunks : 0),
           philox_uniform(settings.seed, static_cast<uint64_t>(counter[row])));
       id_out[row] = drawn.id;
       policy_out[row] = static_cast<float>(totals[row].logprob(x.value(row, drawn.id), settings.inv_temperature));

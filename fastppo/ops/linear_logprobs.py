@@ -78,9 +78,9 @@ def _(grad_logprobs, grad_entropy, hidden, weight, *others):  # type: ignore[no-
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, ids, bias, *ctx.numbers = inputs
-    _, entropy, row_max, log_sum = output
-    ctx.save_for_backward(hidden, weight, ids, bias, entropy, row_max, log_sum)
-    ctx.mark_non_differentiable(row_max, log_sum)
+    _, entropy, reference, log_sum = output
+    ctx.save_for_backward(hidden, weight, ids, bias, entropy, reference, log_sum)
+    ctx.mark_non_differentiable(reference, log_sum)
     ctx.set_materialize_grads(False)
 
 

@@ -53,9 +53,9 @@ def _(grad_logprobs, grad_entropy, logits, *others):  # type: ignore[no-untyped-
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ids, ctx.temperature = inputs
-    _, entropy, row_max, log_sum = output
-    ctx.save_for_backward(logits, ids, entropy, row_max, log_sum)
-    ctx.mark_non_differentiable(row_max, log_sum)
+    _, entropy, reference, log_sum = output
+    ctx.save_for_backward(logits, ids, entropy, reference, log_sum)
+    ctx.mark_non_differentiable(reference, log_sum)
     ctx.set_materialize_grads(False)
 
 

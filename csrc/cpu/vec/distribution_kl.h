@@ -7,7 +7,7 @@
 
 // The sums over n logits of both rows.
 FASTPPO_KERNEL(
-    kl_sums, const void* logits, const void* ref_logits, DType dtype, int64_t n, float inv_temperature, KlSums& out);
+    kl_sums, const void* logits, const void* ref_logits, DType dtype, int64_t n, double inv_temperature, KlSums& out);
 
 // The gradients of n logits of both rows, of their type; a null pointer is a gradient nobody asked for.
 FASTPPO_KERNEL(

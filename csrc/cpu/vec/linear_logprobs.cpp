@@ -17,7 +17,7 @@ Vec tanh_of(const Vec& y) {
   series = fmadd(series, square, Vec(-1.0f / 3.0f));
   series = fmadd(series * square, y, y);
   const Vec magnitude = y.abs();
-  const Vec decay = exp_nonpositive(at_least_floor(magnitude * Vec(-2.0f)));
+  const Vec decay = exp2_of(magnitude * Vec(static_cast<float>(-2 * kLog2E)));
   const Vec ratio = (one - decay) / (one + decay);
   return select(magnitude < Vec(0.35f), series, select(y < zero, zero - ratio, ratio));
 }

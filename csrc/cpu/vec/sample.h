@@ -4,19 +4,19 @@
 #include "cpu/capability.h"
 #include "cpu/rows.h"
 
-namespace fastppo {
-
-// Maxima are kept for blocks of this many logits, so that a truncation looks only where kept tokens can be.
-constexpr int64_t kMaximaBlock = 64;
-
-} // namespace fastppo
-
-// weights[i] = e^((x[i] - max) / temperature) over n logits, x[i] <= max; exactly 0 for -inf.
+// weights[i] = e^((x[i] - reference) / temperature) over n logits; exactly 0 for -inf.
 FASTPPO_KERNEL(
-    softmax_weights, const void* x, DType dtype, int64_t n, float max, float inv_temperature, float* weights);
+    softmax_weights, const void* x, DType dtype, int64_t n, float reference, double inv_temperature, float* weights);
 
-// The maximum of every kMaximaBlock logits, the last block may be shorter.
-FASTPPO_KERNEL(block_maxima, const void* x, DType dtype, int64_t n, float* maxima);
+// The same, and the sum of the weights of each kChunk of them (the last may be shorter).
+FASTPPO_KERNEL(
+    chunk_weights, const void* x, DType dtype, int64_t n, float reference, double inv_temperature, float* weights,
+    double* chunk_sums);
 
-// out[i] = x[i].
-FASTPPO_KERNEL(to_float32, const void* x, DType dtype, int64_t n, float* out);
+// How many x[i] >= bound.
+FASTPPO_KERNEL(count_at_least, const float* x, int64_t n, float bound, int64_t& count);
+
+// The places i with x[i] >= bound, and x[i], in order. There must be room for n of them.
+FASTPPO_KERNEL(
+    select_at_least, const void* x, DType dtype, int64_t n, float bound, int64_t* places, float* values,
+    int64_t& count);

@@ -8,6 +8,7 @@ A step is two registers of floats: one load of a 16-bit type, two of float32. Th
 
 #include "cpu/vec/vec.h"
 
+#include <bit>
 #include <limits>
 
 namespace fastppo {
@@ -52,6 +53,66 @@ struct Tail {
   }
 };
 
+// The larger of the two; a NaN in x is passed over, so that a row's maximum stays usable. The sum reports the NaN.
+inline Vec running_max(const Vec& maximum, const Vec& x) { return at::vec::clamp_min(maximum, x); }
+
+inline float max_lane(const Vec& v) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return running_max(a, b); }, v);
+}
+
+// A step in an order of its own: for sums and maxima, where the order of lanes means nothing. A bfloat16 is the upper
+// half of a float32, so even and odd elements come out of one register by a shift and a mask, half the work of
+// widening.
+template <class T>
+Step load_unordered(const T* x) {
+  if constexpr (std::is_same_v<T, c10::BFloat16> && std::endian::native == std::endian::little) {
+    using Ints = at::vec::Vectorized<int32_t>;
+    const Ints both = Ints::loadu(x);
+    return {
+        at::vec::cast<float, int32_t>(both << Ints(16)),
+        at::vec::cast<float, int32_t>(both & Ints(static_cast<int32_t>(0xffff0000)))};
+  } else {
+    return load_step(x);
+  }
+}
+
+// A run of logits short enough to stay in registers between looking for its maximum and summing it.
+constexpr int64_t kStepsPerChunk = kChunk / kStep;
+
+template <class T>
+struct Chunk {
+  Step steps[kStepsPerChunk];
+
+  explicit Chunk(const T* x) {
+    for (int64_t i = 0; i < kStepsPerChunk; ++i) {
+      steps[i] = load_unordered(x + i * kStep);
+    }
+  }
+
+  Vec max() const {
+    Vec low = steps[0].low, high = steps[0].high;
+    for (int64_t i = 1; i < kStepsPerChunk; ++i) {
+      low = running_max(low, steps[i].low);
+      high = running_max(high, steps[i].high);
+    }
+    return running_max(low, high);
+  }
+};
+
+// body(pointer to kChunk logits, index of the chunk) over n logits; the last chunk is filled up with -inf.
+template <class T, class Body>
+void for_each_chunk(const T* x, int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kChunk <= n; i += kChunk) {
+    body(x + i, i / kChunk);
+  }
+  if (i < n) {
+    T last[kChunk];
+    std::fill(std::copy(x + i, x + n, last), last + kChunk, static_cast<T>(-kInfinity));
+    body(static_cast<const T*>(last), i / kChunk);
+  }
+}
+
 // body(Step) over n logits.
 template <class T, class Body>
 void for_each_step(const T* x, int64_t n, const Body& body) {
@@ -61,6 +122,30 @@ void for_each_step(const T* x, int64_t n, const Body& body) {
   }
   if (i < n) {
     body(load_step(Tail<T>(x + i, n - i).values));
+  }
+}
+
+// As for_each_step, with the lanes of a step in an order of their own.
+template <class T, class Body>
+void for_each_step_unordered(const T* x, int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    body(load_unordered(x + i));
+  }
+  if (i < n) {
+    body(load_unordered(Tail<T>(x + i, n - i).values));
+  }
+}
+
+// The same over two rows.
+template <class T, class Body>
+void for_each_step_unordered(const T* x, const T* y, int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    body(load_unordered(x + i), load_unordered(y + i));
+  }
+  if (i < n) {
+    body(load_unordered(Tail<T>(x + i, n - i).values), load_unordered(Tail<T>(y + i, n - i).values));
   }
 }
 
@@ -90,13 +175,6 @@ void map_steps(const In* x, Out* out, int64_t n, const Body& body) {
   }
 }
 
-// The larger of the two; a NaN in x is passed over, so that a row's maximum stays usable. The sum reports the NaN.
-inline Vec running_max(const Vec& maximum, const Vec& x) { return at::vec::clamp_min(maximum, x); }
-
-inline float max_lane(const Vec& v) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return running_max(a, b); }, v);
-}
-
 template <class T>
 float max_of(const T* x, int64_t n) {
   Vec low(-kInfinity), high(-kInfinity);
@@ -110,32 +188,106 @@ float max_of(const T* x, int64_t n) {
 // What to subtract from logits with this maximum: -inf - -inf must not be formed.
 inline float finite_or_zero(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
 
+// c[0] + c[1] r + c[2] r^2 + ...
+template <size_t kCount>
+inline Vec polynomial(const Vec& r, const float (&c)[kCount]) {
+  Vec p(c[kCount - 1]);
+  for (size_t i = kCount - 1; i-- > 0;) {
+    p = at::vec::fmadd(p, r, Vec(c[i]));
+  }
+  return p;
+}
+
 /*
-e^z for z in [-88, 0]. At -88 it is exactly 0, and at_least_floor brings everything below there, -inf too, so a token
-that cannot occur needs no branch: e^z and z e^z are both 0. NaN stays NaN.
+2^t within 2e-7 of it; 2^0 is exactly 1. Below kLowest, at -inf too, it is exactly 0, from 128 on infinite; NaN stays
+NaN.
 
-e^z = 2^n e^r with n = round(z / ln 2) and |r| <= ln(2) / 2; the polynomial is within 3e-9, the result within about
-1 ulp. Adding 1.5 * 2^23 rounds z / ln 2 to an integer in the low bits of the mantissa; 127 more turns that integer into
-the exponent field of 2^n, and n = -127 into the exponent field of the float 0. ATen's own exp costs twice as much.
+t = n + r with n an integer; 2^r is a polynomial of degree 5, within 9e-8 (degree 6 costs an instruction of eleven and
+gains less than float32 rounding loses). AVX-512 has one instruction that leaves r in [0, 1) and one that multiplies by
+2^n. Elsewhere adding 1.5 * 2^23 rounds t to an integer in the low bits of the mantissa; 127 more turns that integer
+into the exponent field of 2^n, and n = -127 into the exponent field of the float 0.
+
+Where logits come in bfloat16 they are off by up to 2e-3 of themselves. Degree 4, within 3e-6, is then enough for sums
+over them, which are bound by arithmetic: weight_of.
 */
-inline Vec at_least_floor(const Vec& z) { return at::vec::clamp_min(z, Vec(-88.0f)); }
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr float kLowest = -150.0f;
 
-inline Vec exp_nonpositive(const Vec& z) {
-  using at::vec::fmadd;
+inline Vec polynomial(const Vec& r) {
+  return polynomial(r, {1.0f, 0x1.62e4bap-1f, 0x1.ebdb56p-3f, 0x1.c91ce6p-5f, 0x1.277856p-7f, 0x1.e974fap-10f});
+}
+inline Vec rough_polynomial(const Vec& r) {
+  return polynomial(r, {1.0f, 0x1.62d6c6p-1f, 0x1.ee2450p-3f, 0x1.abf868p-5f, 0x1.b7f730p-7f});
+}
+
+template <class Polynomial>
+Vec exp2_by(const Polynomial& of, const Vec& t) {
+  const Vec r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(of(r), t);
+}
+#else
+constexpr float kLowest = -127.0f;
+
+inline Vec polynomial(const Vec& r) {
+  return polynomial(r, {1.0f, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f});
+}
+inline Vec rough_polynomial(const Vec& r) {
+  return polynomial(r, {1.0f, 0x1.62e12cp-1f, 0x1.ec0378p-3f, 0x1.c9fc46p-5f, 0x1.3a02ccp-7f});
+}
+
+template <class Polynomial>
+Vec exp2_by(const Polynomial& of, const Vec& t) {
   using Ints = at::vec::Vectorized<int32_t>;
+  const Vec bounded = at::vec::clamp(t, Vec(kLowest), Vec(128.0f)); // an exponent field past 255 would wrap around
   const Vec shift(0x1.8p23f + 127.0f);
-  const Vec shifted = fmadd(z, Vec(1.44269504f), shift);
-  const Vec n = shifted - shift;
-  const Vec r = fmadd(n, Vec(-1.42860677e-6f), fmadd(n, Vec(-0x1.62e4p-1f), z));
-  Vec p(0x1.6a244cp-10f);
-  p = fmadd(p, r, Vec(0x1.1239d4p-7f));
-  p = fmadd(p, r, Vec(0x1.5558f2p-5f));
-  p = fmadd(p, r, Vec(0x1.555492p-3f));
-  p = fmadd(p, r, Vec(0x1.fffffcp-2f));
-  p = fmadd(p, r, Vec(1.0f));
-  p = fmadd(p, r, Vec(1.0f));
+  const Vec shifted = bounded + shift;
+  const Vec p = of(bounded - (shifted - shift));
   return p * at::vec::cast<float, int32_t>(at::vec::cast<int32_t, float>(shifted) << Ints(23));
 }
+#endif
+
+inline Vec exp2_of(const Vec& t) {
+  return exp2_by([](const Vec& r) { return polynomial(r); }, t);
+}
+
+template <class T>
+Vec weight_of(const Vec& t) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return exp2_by([](const Vec& r) { return rough_polynomial(r); }, t);
+  } else {
+    return exp2_of(t);
+  }
+}
+
+// Where 2^t is 0, -inf too, but finite: t 2^t is 0 as well, without a branch.
+inline Vec at_least_lowest(const Vec& t) { return at::vec::clamp_min(t, Vec(kLowest)); }
+
+constexpr double kLog2E = 1.4426950408889634;
+
+/*
+(x - reference) scale. With a fused multiply-add it is one instruction, exact but for its own rounding; the reference is
+then the one nearby whose product with the scale is a float32. Without one the product of a large logit would be rounded
+by more than the difference can bear.
+*/
+class Scaled {
+ public:
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  Scaled(float reference, float scale)
+      : reference_(static_cast<double>(reference * scale) / scale), scale_(scale), offset_(-(reference * scale)) {}
+
+  Vec operator()(const Vec& x) const { return at::vec::fmadd(x, scale_, offset_); }
+#else
+  Scaled(float reference, float scale) : reference_(reference), scale_(scale), offset_(reference) {}
+
+  Vec operator()(const Vec& x) const { return (x - offset_) * scale_; }
+#endif
+
+  double reference() const { return reference_; }
+
+ private:
+  double reference_;
+  Vec scale_, offset_;
+};
 
 // Calls body with a null pointer of the element type.
 template <class Body>

@@ -120,15 +120,21 @@ inline void load_selected(const Rows& rows, int64_t row, int64_t begin, int64_t 
   }
 }
 
-// The lanes of x added up in a fixed order, in float64.
+// The lanes of x added up in a fixed order, in float64: halves onto halves, which takes a quarter of the time of one
+// lane after the other.
 inline double sum_lanes(const Vec& x) {
   float lanes[kLanes];
   x.store(lanes);
-  double sum = 0.0;
-  for (const float lane : lanes) {
-    sum += lane;
+  double sums[kLanes / 2];
+  for (int64_t i = 0; i < kLanes / 2; ++i) {
+    sums[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + kLanes / 2]);
   }
-  return sum;
+  for (int64_t half = kLanes / 4; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) {
+      sums[i] += sums[i + half];
+    }
+  }
+  return sums[0];
 }
 
 } // namespace CPU_CAPABILITY
