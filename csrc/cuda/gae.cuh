@@ -30,6 +30,8 @@ namespace fastppo::cuda {
 
 constexpr int kGaeThreads = 256;
 constexpr int kGaeWarps = kGaeThreads / 32;
+// __launch_bounds__ name how many blocks a multiprocessor holds at least. Left to itself, ptxas takes fewer registers
+// than it needs on one architecture or another and spills the rest (tests/cuda/test_static.py).
 constexpr int kGaeGroup = 8;                  // tokens per lane: one 16-byte load of bfloat16, two of float32
 constexpr int64_t kGaeChunk = 32 * kGaeGroup; // tokens per warp and step
 constexpr int64_t kGaeBlocks = 512;           // at most: each is one part of a statistic
@@ -185,7 +187,7 @@ __device__ __forceinline__ void store_returns(
   store_floats(row, first, returns);
 }
 
-__global__ void __launch_bounds__(kGaeThreads) gae_kernel(const GaeArgs args) {
+__global__ void __launch_bounds__(kGaeThreads, 4) gae_kernel(const GaeArgs args) {
   const int64_t columns = args.rewards.columns;
   GaeCarry carry;
   for_chunks_from_the_end(
@@ -215,7 +217,7 @@ struct StandardizeArgs {
 
 enum StandardizePhase { kMeasure, kStandardize };
 
-__global__ void __launch_bounds__(kGaeThreads)
+__global__ void __launch_bounds__(kGaeThreads, 4)
     standardize_kernel(const StandardizeArgs args, int first_phase, int last_phase) {
   const int64_t columns = args.x.columns;
   for (int phase = first_phase; phase <= last_phase; ++phase) {
@@ -388,7 +390,7 @@ __device__ __forceinline__ void whiten_phase(const RewardsAndAdvantagesArgs& arg
   });
 }
 
-__global__ void __launch_bounds__(kGaeThreads)
+__global__ void __launch_bounds__(kGaeThreads, 2)
     rewards_and_advantages_kernel(const RewardsAndAdvantagesArgs args, int first_phase, int last_phase) {
   for (int phase = first_phase; phase <= last_phase; ++phase) {
     if (phase == kShapeRewards) {

@@ -21,7 +21,8 @@ struct KlArgs {
   Span<float> out;
 };
 
-__global__ void __launch_bounds__(kKlThreads) kl_kernel(const KlArgs args) {
+// 4 blocks a multiprocessor at least: see gae.cuh.
+__global__ void __launch_bounds__(kKlThreads, 4) kl_kernel(const KlArgs args) {
   const int64_t columns = args.logprobs.columns;
   const int64_t parts = (columns + 32 * kKlGroup - 1) / (32 * kKlGroup);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kKlThreads / 32);

@@ -75,7 +75,8 @@ __device__ __forceinline__ void store16(const Span<T>& x, int64_t i, const Vecto
 #endif
   uint4 bits;
   memcpy(&bits, &vector, 16);
-  *reinterpret_cast<uint4*>(x.data + i) = bits;
+  // Not an assignment: nvcc takes that apart into four floats and does not always put them together again.
+  __stwb(reinterpret_cast<uint4*>(x.data + i), bits);
 }
 
 template <int N, class T>
@@ -143,12 +144,12 @@ template <int N>
 __device__ __forceinline__ void load_floats(
     const Rows& x, int64_t row, int64_t first, float (&out)[N], float fill = 0) {
   switch (x.dtype) {
-    case DType::kFloat32:
-      return load_floats<N>(x.row<float>(row), first, out, fill);
     case DType::kBFloat16:
       return load_floats<N>(x.row<__nv_bfloat16>(row), first, out, fill);
     case DType::kFloat16:
       return load_floats<N>(x.row<__half>(row), first, out, fill);
+    default: // not another case, or the compiler prepares for none of them
+      return load_floats<N>(x.row<float>(row), first, out, fill);
   }
 }
 

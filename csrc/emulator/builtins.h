@@ -197,6 +197,10 @@ template <class T>
 T __ldg(const T* place) {
   return *place;
 }
+template <class T>
+void __stwb(T* place, T value) {
+  *place = value;
+}
 
 // The fast intrinsics are better here than on a GPU, where they are good to 2 ulp or so: tests allow for that.
 inline float __expf(float x) { return std::exp(x); }
