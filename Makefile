@@ -31,7 +31,7 @@ TORCH_STAMP    := $(VENV)/stamp-$(subst ==,-,$(TORCH))
 PACKAGES_STAMP := $(VENV)/stamp-packages
 BUILD_STAMP    := $(VENV)/stamp-build
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
-CLANG_SOURCES  := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CLANG_SOURCES  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # What pyproject.toml asks for, so that packages can be installed (and code linted) before anything is compiled.
 define REQUIREMENTS
@@ -50,7 +50,7 @@ export REQUIREMENTS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test bench bench-scaling bench-iteration format lint clean
+.PHONY: help setup build demo test sanitize bench bench-scaling bench-iteration format lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ demo: $(BUILD_STAMP)  ## PPO on a real model in about 6 minutes: before/after ta
 
 test: $(BUILD_STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+sanitize: $(BUILD_STAMP)  ## the emulated CUDA kernels under ThreadSanitizer, AddressSanitizer and UBSan
+	$(BIN)/python -m pytest tests/emulator
+	FASTPPO_EMULATED_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$(foreach library,asan ubsan,$(shell $(CXX) -print-file-name=lib$(library).so))" \
+	  $(BIN)/python -m pytest tests/ops -k emulated
 
 bench: $(BUILD_STAMP)  ## every op against plain torch, torch.compile, TRL, and its floor; ARGS=--quick for the gist
 	@$(BIN)/python -m bench $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,20 @@ def build_tool(name: str) -> str:
     return shutil.which(name) or name
 
 
+def cuda_architectures(archs: str) -> str:
+    """Return CMake's way to say torch's list: "9.0;12.0+PTX" is "90-real;120"."""
+    names = []
+    for arch in archs.replace(" ", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            raise SystemExit(
+                f"fastppo: TORCH_CUDA_ARCH_LIST must be like {DEFAULT_CUDA_ARCHS!r}, got {archs!r} (at {arch!r})"
+            )
+        major, minor, variant, ptx = match.groups()
+        names.append(f"{major}{minor}{variant}" + ("" if ptx else "-real"))
+    return ";".join(names)
+
+
 def cmake_arguments(cuda: CudaChoice) -> list[str]:
     """Return what CMake must be told because only Python knows it."""
     import pybind11
@@ -145,6 +160,7 @@ def cmake_arguments(cuda: CudaChoice) -> list[str]:
     }
     if cuda.build:
         settings["CMAKE_CUDA_COMPILER"] = f"{cuda.toolkit}/bin/nvcc"
+        settings["CMAKE_CUDA_ARCHITECTURES"] = cuda_architectures(archs)
     return [f"-D{name}={value}" for name, value in settings.items()]
 
 

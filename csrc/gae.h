@@ -57,7 +57,7 @@ struct Standardize {
   float offset;
 };
 
-inline Standardize standardize_by(const Moments& moments, bool keep_mean) {
+FASTPPO_HD Standardize standardize_by(const Moments& moments, bool keep_mean) {
   const double variance = moments.count > 0 ? moments.m2 / moments.count : 0.0;
   const auto mean = static_cast<float>(moments.mean);
   return {mean, static_cast<float>(1.0 / std::sqrt(variance + kWhitenEps)), keep_mean ? mean : 0.0f};

@@ -45,7 +45,7 @@ FASTPPO_HD F kl_slope(const F& d) {
 
 // Calls f(std::integral_constant<KlEstimator, ...>): hoists the choice out of the loop.
 template <class Function>
-void with_estimator(KlEstimator estimator, const Function& f) {
+FASTPPO_HD void with_estimator(KlEstimator estimator, const Function& f) {
   switch (estimator) {
     case KlEstimator::k1:
       return f(std::integral_constant<KlEstimator, KlEstimator::k1>{});

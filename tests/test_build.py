@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastppo
 from fastppo import info
@@ -91,6 +92,67 @@ def test_the_toolkit_behind_nvcc_is_found(setup_py, toolkit, tmp_path_factory, m
     assert setup_py.find_toolkit({})[0] == toolkit
 
 
+def test_torchs_list_of_architectures_becomes_cmakes(setup_py):
+    assert setup_py.cuda_architectures("8.0;9.0;10.0;12.0+PTX") == "80-real;90-real;100-real;120"
+    assert setup_py.cuda_architectures("8.6 9.0a") == "86-real;90a-real"
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must be like '8.0;.*got 'Hopper'"):
+        setup_py.cuda_architectures("Hopper")
+
+
+def test_what_the_build_says_about_cuda_is_what_the_library_has():
+    from fastppo import ops  # noqa: F401  registers them
+
+    built = _C.build_facts()["cuda"].startswith("on: ")
+    assert bool(_C.build_facts()["cuda_archs"]) == built
+    for op in (
+        "gae",
+        "whiten",
+        "scale_to_unit_std",
+        "rewards_and_advantages",
+        "kl_penalty",
+        "kl_penalty_backward",
+    ):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastppo::{op}", "CUDA") == built
+
+
+def test_the_library_loads_without_a_driver_and_without_torchs_cuda_libraries():
+    listing = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True)
+    needed = re.findall(r"NEEDED.*\[(.+)\]", listing.stdout)
+    assert "libtorch_cpu.so" in needed
+    assert [name for name in needed if "cuda" in name] == []
+
+
+def test_the_library_loads_where_torch_was_built_without_cuda(tmp_path):
+    # There libtorch.so does not bring libtorch_cuda.so. Nor does this one, which stands before torch's own.
+    subprocess.run(
+        [
+            "g++",
+            "-shared",
+            "-x",
+            "c++",
+            os.devnull,
+            "-Wl,-soname,libtorch.so",
+            "-o",
+            tmp_path / "libtorch.so",
+        ],
+        check=True,
+    )
+    folders = f"{tmp_path}:{Path(torch.__file__).parent / 'lib'}"
+    code = f"""
+import ctypes, os
+ctypes.CDLL({_C.__file__!r}, mode=os.RTLD_NOW)
+loaded = open("/proc/self/maps").read()
+assert "libtorch_cpu.so" in loaded and "libtorch_cuda.so" not in loaded
+"""
+    got = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": folders},
+    )
+    assert got.returncode == 0, got.stderr
+
+
 def test_jobs_are_capped_by_memory_and_processors(setup_py):
     assert setup_py.build_jobs({}, cpus=64, memory_gib=7) == 3
     assert setup_py.build_jobs({}, cpus=2, memory_gib=500) == 2
@@ -110,7 +172,7 @@ def test_the_library_needs_nothing_of_torchs_cpp_abi():
 
 
 def test_the_library_is_small():
-    assert Path(_C.__file__).stat().st_size < 5e6
+    assert Path(_C.__file__).stat().st_size < 25e6
 
 
 def test_info_names_versions_instruction_sets_and_the_cuda_choice(capsys):

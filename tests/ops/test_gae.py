@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ POISONS = [100.0, float("nan"), float("inf"), -float("inf")]
 
 def draw(shape, dtype=torch.float32, seed=0, n=4):
     """Return n random tensors, a mask with gaps, and one number per row."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for _ in range(n)]
     mask = torch.rand(shape, generator=generator) > 0.3
     return tensors, mask, torch.randn(shape[0], generator=generator).to(dtype)
@@ -95,7 +96,7 @@ def test_masked_places_are_never_read_into_a_sum(poison):
 
 @pytest.mark.parametrize("n", [2, 511, 512, 513, 5000])
 def test_whitened_values_have_mean_0_and_population_variance_1(n):
-    x = 3 + 2 * torch.randn(n, generator=torch.Generator().manual_seed(n))
+    x = 3 + 2 * torch.randn(n, generator=seeded(n))
     mask = torch.arange(n) % 3 != 2
     white, scaled = ops.whiten(x, mask)[mask].double(), ops.scale_to_unit_std(x, mask)[mask].double()
     for y, mean in ((white, 0.0), (scaled, x[mask].double().mean().item())):
@@ -115,7 +116,7 @@ def test_whitening_one_place_none_and_constants():
 
 def test_whitening_survives_a_mean_far_from_zero():
     # E[x^2] - E[x]^2 in float32 would have no digit left here.
-    x = 1e4 + torch.randn(4096, generator=torch.Generator().manual_seed(1))
+    x = 1e4 + torch.randn(4096, generator=seeded(1))
     white = ops.whiten(x, torch.ones(4096, dtype=torch.bool)).double()
     oracle = reference.whiten(x.double(), torch.ones(4096, dtype=torch.bool))
     torch.testing.assert_close(white, oracle, atol=1e-3, rtol=0)  # x itself is rounded to 1e-3
@@ -260,56 +261,59 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(scores, a, b, c, mask), everything(scores, a, b, c, mask))
 
 
-BT, MASK = torch.zeros(4, 128), torch.ones(4, 128, dtype=torch.bool)
-
-
 @pytest.mark.parametrize(
     ("message", "call"),
     [
         (
             "gae: values must have shape (4, 128) like rewards, got (4, 129)",
-            lambda: ops.gae(BT, torch.zeros(4, 129), MASK),
+            lambda bt, mask: ops.gae(bt, torch.zeros(4, 129), mask),
         ),
-        ("gae: rewards must have shape (B, T), got (4,)", lambda: ops.gae(BT[:, 0], BT[:, 0], MASK[:, 0])),
+        (
+            "gae: rewards must have shape (B, T), got (4,)",
+            lambda bt, mask: ops.gae(bt[:, 0], bt[:, 0], mask[:, 0]),
+        ),
         (
             "gae: rewards must be float32, bfloat16 or float16, got float64",
-            lambda: ops.gae(BT.double(), BT, MASK),
+            lambda bt, mask: ops.gae(bt.double(), bt, mask),
         ),
-        ("gae: response_mask must be bool, got int64", lambda: ops.gae(BT, BT, MASK.long())),
+        ("gae: response_mask must be bool, got int64", lambda bt, mask: ops.gae(bt, bt, mask.long())),
         (
             "gae: response_mask must have shape (4, 128) like rewards, got (128, 4)",
-            lambda: ops.gae(BT, BT, MASK.t()),
+            lambda bt, mask: ops.gae(bt, bt, mask.t()),
         ),
-        ("gae: gamma must be between 0 and 1, got 1.5", lambda: ops.gae(BT, BT, MASK, gamma=1.5)),
-        ("gae: lam must be between 0 and 1, got nan", lambda: ops.gae(BT, BT, MASK, lam=float("nan"))),
+        ("gae: gamma must be between 0 and 1, got 1.5", lambda bt, mask: ops.gae(bt, bt, mask, gamma=1.5)),
+        (
+            "gae: lam must be between 0 and 1, got nan",
+            lambda bt, mask: ops.gae(bt, bt, mask, lam=float("nan")),
+        ),
         (
             "gae: bootstrap_values must have shape (4,), one for each row of rewards, got (3,)",
-            lambda: ops.gae(BT, BT, MASK, bootstrap_values=torch.zeros(3)),
+            lambda bt, mask: ops.gae(bt, bt, mask, bootstrap_values=torch.zeros(3)),
         ),
-        ("whiten: mask must be bool, got float32", lambda: ops.whiten(BT, BT)),
+        ("whiten: mask must be bool, got float32", lambda bt, mask: ops.whiten(bt, bt)),
         (
             "scale_to_unit_std: mask must have shape (4, 128) like x, got (4,)",
-            lambda: ops.scale_to_unit_std(BT, MASK[:, 0]),
+            lambda bt, mask: ops.scale_to_unit_std(bt, mask[:, 0]),
         ),
         (
             "rewards_and_advantages: scores must have shape (4,), one for each row of logprobs, got (4, 128)",
-            lambda: ops.rewards_and_advantages(BT, BT, BT, BT, MASK),
+            lambda bt, mask: ops.rewards_and_advantages(bt, bt, bt, bt, mask),
         ),
         (
             "rewards_and_advantages: estimator must be one of 'k1', 'abs', 'k2', 'k3', got 'kl'",
-            lambda: ops.rewards_and_advantages(BT[:, 0], BT, BT, BT, MASK, estimator="kl"),
+            lambda bt, mask: ops.rewards_and_advantages(bt[:, 0], bt, bt, bt, mask, estimator="kl"),
         ),
         (
             "rewards_and_advantages: reward_clip must be above 0, got -1",
-            lambda: ops.rewards_and_advantages(BT[:, 0], BT, BT, BT, MASK, reward_clip=-1.0),
+            lambda bt, mask: ops.rewards_and_advantages(bt[:, 0], bt, bt, bt, mask, reward_clip=-1.0),
         ),
         (
             "rewards_and_advantages: kl_coef must be finite, got inf",
-            lambda: ops.rewards_and_advantages(BT[:, 0], BT, BT, BT, MASK, kl_coef=float("inf")),
+            lambda bt, mask: ops.rewards_and_advantages(bt[:, 0], bt, bt, bt, mask, kl_coef=float("inf")),
         ),
     ],
 )
 def test_errors_name_the_tensor_the_expected_and_the_got(message, call):
     with pytest.raises(ValueError) as error:
-        call()
+        call(torch.zeros(4, 128), torch.ones(4, 128, dtype=torch.bool))
     assert str(error.value) == message

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import seeded
 
 from fastppo import ops, reference
 
@@ -10,7 +11,7 @@ SHAPES = [(), (0,), (1,), (513,), (0, 4), (3, 5), (2, 3, 700)]
 
 
 def draw(shape, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     return [(2 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for _ in range(2)]
 
 

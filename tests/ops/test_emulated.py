@@ -1,0 +1,121 @@
+"""The emulated backend is what it says: the CUDA kernels, under the product's ops, in any order of threads."""
+
+import os
+
+import backends
+import pytest
+import torch
+from backends import ORDERS, seeded
+
+from fastppo import ops, reference
+
+
+def inputs(rows, columns, dtype=torch.float32):
+    generator = seeded(0)
+    tensors = [torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3)]
+    mask = torch.rand(rows, columns, generator=generator) > 0.3
+    return torch.randn(rows, generator=generator), *tensors, mask
+
+
+# Every kernel, in shapes that take each of its launches: one block and several, rows longer than a warp's step.
+SMALL, LARGE = inputs(5, 300, torch.bfloat16), inputs(24, 700)
+CALLS = {
+    "gae": lambda: ops.gae(LARGE[1], LARGE[2], LARGE[4]),
+    "whiten, one block": lambda: ops.whiten(SMALL[1], SMALL[4]),
+    "whiten, several": lambda: ops.whiten(LARGE[1], LARGE[4]),
+    "rewards_and_advantages, one block": lambda: ops.rewards_and_advantages(*SMALL, whiten_rewards=True),
+    "rewards_and_advantages, several": lambda: ops.rewards_and_advantages(*LARGE, whiten_rewards=True),
+    "kl_penalty": lambda: ops.kl_penalty(LARGE[1], LARGE[2], estimator="k3"),
+    "kl_penalty_backward": lambda: torch.ops.fastppo.kl_penalty_backward(*LARGE[1:4], "k2"),
+}
+
+
+def flat(results):
+    return [results] if torch.is_tensor(results) else list(results)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_order_of_threads_gives_the_same_bits(name):
+    with backends.emulated() as machine:
+        runs = []
+        for order, seed, blocks in [
+            ("forward", 1, 4),
+            ("reverse", 1, 4),
+            ("shuffled", 1, 4),
+            ("shuffled", 2, 2),
+        ]:
+            machine.set(order, seed, blocks)
+            runs.append(flat(CALLS[name]()))
+    for run in runs[1:]:
+        for got, expected in zip(run, runs[0], strict=True):
+            assert got.untyped_storage().tolist() == expected.untyped_storage().tolist()
+
+
+def test_the_library_is_built_for_the_sanitizers_that_were_asked_for():
+    asked = "address" in os.environ.get("FASTPPO_EMULATED_SANITIZE", "")
+    assert (b"__asan_report_load4" in backends.build_emulated().read_bytes()) == asked
+
+
+def test_every_emulated_op_is_in_the_list_above():
+    kernels = {name.removeprefix("fastppo_emulated::") for name in backends.emulator().ops()}
+    assert kernels <= {name.split(",")[0] for name in CALLS} | {
+        "scale_to_unit_std"
+    }  # which is whiten's kernel
+
+
+# The promises of csrc/cuda: launches per call, and reads and writes of global memory in bytes per token.
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [
+        ("gae", 1),
+        ("whiten, one block", 1),
+        ("whiten, several", 2),
+        ("rewards_and_advantages, one block", 1),
+        ("rewards_and_advantages, several", 3),
+        ("kl_penalty", 1),
+        ("kl_penalty_backward", 1),
+    ],
+)
+def test_launches_per_call(name, launches):
+    with backends.emulated() as machine:
+        machine.counts()
+        CALLS[name]()
+        assert machine.counts().launches == launches
+
+
+def test_the_default_whitening_takes_two_launches_and_none_takes_one():
+    with backends.emulated() as machine:
+        for settings, launches in [({}, 2), ({"whiten_advantages": False}, 1)]:
+            machine.counts()
+            ops.rewards_and_advantages(*LARGE, **settings)
+            assert machine.counts().launches == launches
+
+
+def test_every_input_is_read_once_and_every_result_written_once():
+    tokens = LARGE[1].numel()
+    with backends.emulated() as machine:
+        machine.counts()
+        ops.gae(LARGE[1], LARGE[2], LARGE[4])
+        assert machine.counts()[1:] == ((4 + 4 + 1) * tokens, (4 + 4) * tokens)
+        ops.kl_penalty(LARGE[1], LARGE[2])
+        assert machine.counts()[1:] == ((4 + 4) * tokens, 4 * tokens)
+
+
+def test_the_cpu_kernels_are_back_afterwards():
+    x, mask = LARGE[1], LARGE[4]
+    before = ops.gae(x, x, mask)
+    with backends.emulated() as machine:
+        machine.counts()
+        got = ops.gae(x, x, mask)
+        assert machine.counts().launches == 1
+    after = ops.gae(x, x, mask)
+    assert machine.counts().launches == 0
+    for b, g, a, e in zip(before, got, after, reference.gae(x, x, mask), strict=True):
+        assert torch.equal(b, a)
+        torch.testing.assert_close(g, e, atol=1e-4, rtol=1e-5)
+
+
+def test_orders_are_known_by_name():
+    assert ORDERS == ("forward", "reverse", "shuffled")
+    with pytest.raises(ValueError), backends.emulated() as machine:
+        machine.set("sideways")
