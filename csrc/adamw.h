@@ -8,13 +8,15 @@ took: together they are the master, bit for bit, in 4 bytes, and the model compu
   exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) g^2
   master     <- master (1 - lr weight_decay)
                 - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps)
-In float32 throughout. A moment kept in bfloat16 is rounded up or down by chance where it is stored, with the
-probability that makes its mean exact: exp_avg_sq changes by a thousandth of itself per step, less than bfloat16 can
-show, and would stand still if it were rounded to nearest. The chance is a hash of (step, element), so a repeat gives
-the same bits on any number of threads.
+In float32 throughout, each operation rounded on its own (units of adamw are compiled without fused multiply-adds), so
+that every instruction set and every device gives the same bits. A moment kept in bfloat16 is rounded up or down by
+chance where it is stored, with the probability that makes its mean exact: exp_avg_sq changes by a thousandth of itself
+per step, less than bfloat16 can show, and would stand still if it were rounded to nearest. The chance is a hash of
+(step, element), so a repeat gives the same bits on any number of threads.
 */
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -60,6 +62,22 @@ struct AdamwSettings {
   float grad_scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_bias2, eps;
   uint32_t step;
 };
+
+// For a grad_scale of 1.
+inline AdamwSettings adamw_settings(
+    double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
+  const auto t = static_cast<double>(step);
+  return {
+      1,
+      static_cast<float>(1 - lr * weight_decay),
+      static_cast<float>(1 - beta1),
+      static_cast<float>(beta2),
+      static_cast<float>(1 - beta2),
+      static_cast<float>(lr / (1 - std::pow(beta1, t))),
+      static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))),
+      static_cast<float>(eps),
+      static_cast<uint32_t>(step)};
+}
 
 FASTPPO_HD float adamw_update(float master, float grad, float& exp_avg, float& exp_avg_sq, const AdamwSettings& s) {
   const float g = grad * s.grad_scale;

@@ -44,22 +44,30 @@ inline std::string position_text(Sizes sizes, int64_t flat) {
   return "[" + text + "]";
 }
 
+inline void check_id_in_range(const char* op, const Tensor& ids, int64_t flat, int64_t value, int64_t vocabulary) {
+  if (value < 0 || value >= vocabulary) [[unlikely]] {
+    check(false, op, "ids", position_text(ids.sizes(), flat), " must be in [0, ", vocabulary, "), got ", value);
+  }
+}
+
 // Reads ids, so only for tensors the host can see.
 inline void check_ids_in_range(const char* op, const Tensor& ids, const int64_t* values, int64_t vocabulary) {
   const int64_t n = ids.numel();
   for (int64_t i = 0; i < n; ++i) {
-    if (values[i] < 0 || values[i] >= vocabulary) [[unlikely]] {
-      check(false, op, "ids", position_text(ids.sizes(), i), " must be in [0, ", vocabulary, "), got ", values[i]);
-    }
+    check_id_in_range(op, ids, i, values[i], vocabulary);
   }
 }
 
+// Logits, and an id for each of their rows.
+inline void check_row_ids(const char* op, const Tensor& logits, const Tensor& ids) {
+  check_logits(op, "logits", logits);
+  check_dtype(op, "ids", ids, ScalarType::Long);
+  check_shape(op, "ids", ids, Sizes(logits.sizes().data(), logits.dim() - 1), "logits without its last dimension");
+  check_device(op, "ids", ids, logits, "logits");
+}
+
 inline void check_logprobs(const Tensor& logits, const Tensor& ids, double temperature) {
-  check_logits("logprobs", "logits", logits);
-  check_dtype("logprobs", "ids", ids, ScalarType::Long);
-  check_shape(
-      "logprobs", "ids", ids, Sizes(logits.sizes().data(), logits.dim() - 1), "logits without its last dimension");
-  check_device("logprobs", "ids", ids, logits, "logits");
+  check_row_ids("logprobs", logits, ids);
   check_temperature("logprobs", temperature);
 }
 

@@ -13,6 +13,7 @@ outside, the clipped branch is a constant and its slope is 0.
 #include <cstdint>
 #include <limits>
 
+#include "kl.h"
 #include "numeric.h"
 
 namespace fastppo {
@@ -64,56 +65,156 @@ FASTPPO_HD ClippedTerm<F> value_term(const F& new_value, const F& value, const F
   return {half * larger * larger, select(is_clipped, zero, error), select(is_clipped, one, zero)};
 }
 
+// The numbers of a call, as the schema has them. dual_clip: infinity for none.
+struct PpoSettings {
+  double clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef;
+  KlEstimator kl_estimator;
+};
+
+// The same in the form in which tokens need them. The scales hold the normalizer: a slope times its scale is a
+// gradient.
+struct PpoCoefficients {
+  float ratio_low, ratio_high, dual_clip, value_clip_range;
+  float policy_scale, value_scale, entropy_scale, kl_scale;
+
+  FASTPPO_HD PpoCoefficients(const PpoSettings& s, double normalizer)
+      : ratio_low(static_cast<float>(1 - s.clip_range)),
+        ratio_high(static_cast<float>(1 + s.clip_range_high)),
+        dual_clip(static_cast<float>(s.dual_clip)),
+        value_clip_range(static_cast<float>(s.value_clip_range)),
+        policy_scale(static_cast<float>(1 / normalizer)),
+        value_scale(static_cast<float>(s.vf_coef / normalizer)),
+        entropy_scale(static_cast<float>(-s.entropy_coef / normalizer)),
+        kl_scale(static_cast<float>(s.kl_coef / normalizer)) {}
+};
+
+// d loss / d new_logprobs of one token that counts.
+FASTPPO_HD float ppo_slope(
+    float new_logprob, float logprob, float advantage, bool has_ref, float ref_logprob, KlEstimator estimator,
+    const PpoCoefficients& c) {
+  const float ratio = vexp(new_logprob - logprob);
+  float slope = policy_term(ratio, advantage, c.ratio_low, c.ratio_high, c.dual_clip).slope * c.policy_scale;
+  if (has_ref) {
+    with_estimator(
+        estimator, [&](auto e) { slope += c.kl_scale * kl_slope<decltype(e)::value>(new_logprob - ref_logprob); });
+  }
+  return slope;
+}
+
+// What a call returns beside the gradients.
+struct PpoResult {
+  float loss;
+  float stats[kPpoStats];
+};
+
+// Sums over tokens that count; at kRatioMax their maximum.
+struct PpoSums {
+  double of[kPpoStats] = {};
+
+  FASTPPO_HD void merge(const PpoSums& other) {
+#pragma unroll
+    for (int stat = 0; stat < kRatioMax; ++stat) {
+      of[stat] += other.of[stat];
+    }
+    double& largest = of[kRatioMax]; // NaN from either side stays
+    largest = largest >= other.of[kRatioMax] || largest != largest ? largest : other.of[kRatioMax];
+  }
+
+  FASTPPO_HD PpoResult result(const PpoSettings& s, double normalizer) const {
+    PpoResult out;
+    double mean[kPpoStats];
+#pragma unroll
+    for (int stat = 0; stat < kPpoStats; ++stat) {
+      mean[stat] = stat == kRatioMax ? of[stat] : of[stat] / normalizer;
+      out.stats[stat] = static_cast<float>(mean[stat]);
+    }
+    out.loss = static_cast<float>(
+        mean[kPolicyLoss] + s.vf_coef * mean[kValueLoss] - s.entropy_coef * mean[kEntropy] + s.kl_coef * mean[kKl]);
+    return out;
+  }
+};
+
 } // namespace fastppo
 
 #if defined(TORCH_TARGET_VERSION)
 #include "check.h"
-#include "kl.h"
+
+#include <string>
+#include <tuple>
 
 namespace fastppo {
 
-// The numbers of a call, as the schema has them.
-struct PpoSettings {
-  double clip_range, clip_range_high, value_clip_range, vf_coef, entropy_coef, kl_coef;
-  std::optional<double> dual_clip;
-};
-
-inline KlEstimator check_ppo_loss(
-    const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
-    const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
-    const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
-    const PpoSettings& s, const std::string& kl_estimator) {
-  const char* op = "ppo_loss";
-  const char* like = "new_logprobs";
-  check_floating(op, "new_logprobs", new_logprobs);
-  check_like(op, "logprobs", logprobs, new_logprobs, like);
-  check_like(op, "advantages", advantages, new_logprobs, like);
-  check_mask(op, response_mask, new_logprobs, like);
+// What every op with this loss takes, each tensor like the one that `like` names. Returns the call's numbers.
+inline PpoSettings check_ppo_terms(
+    const char* op, const Tensor& tokens, const char* like, const Tensor& logprobs, const Tensor& advantages,
+    const Tensor& response_mask, const OptionalTensor& new_values, const OptionalTensor& values,
+    const OptionalTensor& returns, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
+    std::optional<double> normalizer_number, double clip_range, double clip_range_high, std::optional<double> dual_clip,
+    double value_clip_range, double vf_coef, double entropy_coef, double kl_coef, const std::string& kl_estimator) {
+  check_like(op, "logprobs", logprobs, tokens, like);
+  check_like(op, "advantages", advantages, tokens, like);
+  check_mask(op, response_mask, tokens, like);
   if (new_values) {
     check(values && returns, op, "new_values needs values and returns, got ", values ? "no returns" : "no values");
-    check_like(op, "new_values", *new_values, new_logprobs, like);
-    check_like(op, "values", *values, new_logprobs, like);
-    check_like(op, "returns", *returns, new_logprobs, like);
-  }
-  if (entropy) {
-    check_like(op, "entropy", *entropy, new_logprobs, like);
+    check_like(op, "new_values", *new_values, tokens, like);
+    check_like(op, "values", *values, tokens, like);
+    check_like(op, "returns", *returns, tokens, like);
   }
   if (ref_logprobs) {
-    check_like(op, "ref_logprobs", *ref_logprobs, new_logprobs, like);
+    check_like(op, "ref_logprobs", *ref_logprobs, tokens, like);
   }
-  check(s.entropy_coef == 0 || entropy, op, "entropy_coef = ", s.entropy_coef, " needs entropy, got None");
-  check(s.kl_coef == 0 || ref_logprobs, op, "kl_coef = ", s.kl_coef, " needs ref_logprobs, got None");
-  check_number(op, "clip_range", s.clip_range, s.clip_range >= 0, "at least 0");
-  check_number(op, "clip_range_high", s.clip_range_high, s.clip_range_high >= 0, "at least 0");
-  check_number(op, "value_clip_range", s.value_clip_range, s.value_clip_range >= 0, "at least 0");
-  if (s.dual_clip) {
-    check_number(op, "dual_clip", *s.dual_clip, *s.dual_clip > 1, "above 1");
+  check(kl_coef == 0 || ref_logprobs, op, "kl_coef = ", kl_coef, " needs ref_logprobs, got None");
+  check_number(op, "clip_range", clip_range, clip_range >= 0, "at least 0");
+  check_number(op, "clip_range_high", clip_range_high, clip_range_high >= 0, "at least 0");
+  check_number(op, "value_clip_range", value_clip_range, value_clip_range >= 0, "at least 0");
+  if (dual_clip) {
+    check_number(op, "dual_clip", *dual_clip, *dual_clip > 1, "above 1");
   }
   if (normalizer) {
     check_dim(op, "normalizer", *normalizer, 0, "()");
-    check_device(op, "normalizer", *normalizer, new_logprobs, like);
+    check_device(op, "normalizer", *normalizer, tokens, like);
   }
-  return parse_estimator(op, kl_estimator, "kl_estimator");
+  if (normalizer_number) {
+    const double number = *normalizer_number;
+    check_number(op, "normalizer", number, number > 0 && std::isfinite(number), "above 0 and finite");
+  }
+  return {
+      clip_range,
+      clip_range_high,
+      dual_clip.value_or(std::numeric_limits<double>::infinity()),
+      value_clip_range,
+      vf_coef,
+      entropy_coef,
+      kl_coef,
+      parse_estimator(op, kl_estimator, "kl_estimator")};
+}
+
+// A backend's ppo_loss, which ppo_loss_from_logits calls for all that is one number per token. Returns loss (), stats
+// (9,), and the gradients of loss for new_logprobs, new_values and entropy (float32; the last two have shape (0,) where
+// the input was not given).
+using PpoLossFunction = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
+    const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
+    const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
+    double clip_range, double clip_range_high, std::optional<double> dual_clip, double value_clip_range, double vf_coef,
+    double entropy_coef, double kl_coef, const std::string& kl_estimator, std::optional<double> normalizer_number);
+
+inline PpoSettings check_ppo_loss(
+    const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
+    const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
+    const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
+    std::optional<double> normalizer_number, double clip_range, double clip_range_high, std::optional<double> dual_clip,
+    double value_clip_range, double vf_coef, double entropy_coef, double kl_coef, const std::string& kl_estimator) {
+  const char *op = "ppo_loss", *like = "new_logprobs";
+  check_floating(op, like, new_logprobs);
+  if (entropy) {
+    check_like(op, "entropy", *entropy, new_logprobs, like);
+  }
+  check(entropy_coef == 0 || entropy, op, "entropy_coef = ", entropy_coef, " needs entropy, got None");
+  return check_ppo_terms(
+      op, new_logprobs, like, logprobs, advantages, response_mask, new_values, values, returns, ref_logprobs,
+      normalizer, normalizer_number, clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef,
+      kl_coef, kl_estimator);
 }
 
 } // namespace fastppo

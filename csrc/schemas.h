@@ -30,8 +30,18 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "ppo_loss(Tensor new_logprobs, Tensor logprobs, Tensor advantages, Tensor response_mask, Tensor? new_values, "
       "Tensor? values, Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? normalizer, float clip_range, "
       "float clip_range_high, float? dual_clip, float value_clip_range, float vf_coef, float entropy_coef, "
-      "float kl_coef, str kl_estimator) "
+      "float kl_coef, str kl_estimator, float? normalizer_number) "
       "-> (Tensor loss, Tensor stats, Tensor grad_new_logprobs, Tensor grad_new_values, Tensor grad_entropy)");
+
+  // ppo_loss_from_logits
+  m.def(
+      "ppo_loss_from_logits(Tensor logits, Tensor ids, Tensor logprobs, Tensor advantages, Tensor response_mask, "
+      "Tensor? new_values, Tensor? values, Tensor? returns, Tensor? ref_logprobs, Tensor? normalizer, "
+      "float temperature, float clip_range, float clip_range_high, float? dual_clip, float value_clip_range, "
+      "float vf_coef, float entropy_coef, float kl_coef, str kl_estimator, bool needs_logits, "
+      "float? normalizer_number) "
+      "-> (Tensor loss, Tensor stats, Tensor grad_logits, Tensor grad_new_values)");
+  m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 
   // adamw
   m.def(

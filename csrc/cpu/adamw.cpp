@@ -14,6 +14,8 @@ void adamw_step_cpu_(
       param, residual, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale_tensor);
   const Tensor dense_grad = torch::stable::contiguous(grad);
   const double scale = grad_scale * (grad_scale_tensor ? number_in(*grad_scale_tensor) : 1.0);
+  AdamwSettings settings = adamw_settings(lr, beta1, beta2, eps, weight_decay, step);
+  settings.grad_scale = static_cast<float>(scale);
   const AdamwArgs args{
       static_cast<uint16_t*>(param.mutable_data_ptr()),
       static_cast<int16_t*>(residual.mutable_data_ptr()),
@@ -22,10 +24,7 @@ void adamw_step_cpu_(
       dtype_of(exp_avg),
       exp_avg_sq.mutable_data_ptr(),
       dtype_of(exp_avg_sq),
-      {static_cast<float>(scale), static_cast<float>(1 - lr * weight_decay), static_cast<float>(1 - beta1),
-       static_cast<float>(beta2), static_cast<float>(1 - beta2), static_cast<float>(lr / (1 - std::pow(beta1, step))),
-       static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step))), static_cast<float>(eps),
-       static_cast<uint32_t>(step)}};
+      settings};
   auto* of_block = FASTPPO_PICK(adamw_block);
   for_each_block({1, param.numel()}, [&](int64_t, int64_t first, int64_t n, int64_t) { of_block(args, first, n); });
 }

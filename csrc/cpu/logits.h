@@ -19,6 +19,21 @@ inline int64_t tiles_of(int64_t vocabulary) { return (vocabulary + kTile - 1) / 
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+inline void set_float(void* row, DType dtype, int64_t column, double value) {
+  const auto x = static_cast<float>(value);
+  switch (dtype) {
+    case DType::kBFloat16:
+      static_cast<torch::headeronly::BFloat16*>(row)[column] = x;
+      break;
+    case DType::kFloat16:
+      static_cast<torch::headeronly::Half*>(row)[column] = x;
+      break;
+    case DType::kFloat32:
+      static_cast<float*>(row)[column] = x;
+      break;
+  }
+}
+
 struct LogitRows {
   Tensor logits;
   char* data;
@@ -59,20 +74,7 @@ struct LogitRows {
     }
   }
 
-  void set_value(int64_t row, int64_t column, double value) const {
-    void* x = at(row, column);
-    switch (dtype) {
-      case DType::kBFloat16:
-        *static_cast<torch::headeronly::BFloat16*>(x) = static_cast<float>(value);
-        break;
-      case DType::kFloat16:
-        *static_cast<torch::headeronly::Half*>(x) = static_cast<float>(value);
-        break;
-      case DType::kFloat32:
-        *static_cast<float*>(x) = static_cast<float>(value);
-        break;
-    }
-  }
+  void set_value(int64_t row, int64_t column, double value) const { set_float(at(row, column), dtype, 0, value); }
 
  private:
   Sizes sizes_, strides_;

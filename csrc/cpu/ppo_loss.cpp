@@ -9,6 +9,7 @@ reruns and other thread counts match bit for bit.
 namespace fastppo {
 namespace {
 
+// Of the tokens that count, at least 1.
 double count_true(const MaskRows& mask, Shape2d shape) {
   int64_t count = 0;
   for (int64_t row = 0; row < shape.rows; ++row) {
@@ -22,21 +23,21 @@ double count_true(const MaskRows& mask, Shape2d shape) {
       count += run;
     }
   }
-  return static_cast<double>(count);
+  return static_cast<double>(std::max<int64_t>(1, count));
 }
 
-// Returns loss (), stats (9,), and the gradients of loss for new_logprobs, new_values and entropy (float32; the last
-// two have shape (0,) where the input was not given).
+} // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
     const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
     const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
     const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
     double clip_range, double clip_range_high, std::optional<double> dual_clip, double value_clip_range, double vf_coef,
-    double entropy_coef, double kl_coef, const std::string& kl_estimator) {
-  const PpoSettings settings{clip_range, clip_range_high, value_clip_range, vf_coef, entropy_coef, kl_coef, dual_clip};
-  const KlEstimator estimator = check_ppo_loss(
+    double entropy_coef, double kl_coef, const std::string& kl_estimator, std::optional<double> normalizer_number) {
+  const PpoSettings settings = check_ppo_loss(
       new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, normalizer,
-      settings, kl_estimator);
+      normalizer_number, clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef,
+      kl_estimator);
   const Shape2d shape = shape_2d(new_logprobs);
   const HeldRows new_logprob_rows(new_logprobs), logprob_rows(logprobs), advantage_rows(advantages);
   const HeldMask mask(response_mask);
@@ -45,7 +46,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
   const OptionalRows return_rows = new_values ? optional_rows(returns) : std::nullopt;
   const OptionalRows entropy_rows = optional_rows(entropy), ref_rows = optional_rows(ref_logprobs);
 
-  const double tokens = normalizer ? number_in(*normalizer) : std::max(1.0, count_true(mask, shape));
+  const double tokens = normalizer_number ? *normalizer_number
+                        : normalizer      ? number_in(*normalizer)
+                                          : count_true(mask, shape);
   check_number("ppo_loss", "normalizer", tokens, tokens > 0 && std::isfinite(tokens), "above 0 and finite");
 
   const Tensor grad_logprobs = empty_float(new_logprobs);
@@ -62,15 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
       rows_or_none(ref_rows),
       mask,
       shape.columns,
-      estimator,
-      static_cast<float>(1 - clip_range),
-      static_cast<float>(1 + clip_range_high),
-      static_cast<float>(dual_clip.value_or(std::numeric_limits<double>::infinity())),
-      static_cast<float>(value_clip_range),
-      static_cast<float>(1 / tokens),
-      static_cast<float>(vf_coef / tokens),
-      static_cast<float>(-entropy_coef / tokens),
-      static_cast<float>(kl_coef / tokens),
+      settings.kl_estimator,
+      PpoCoefficients(settings, tokens),
       float_data(grad_logprobs),
       float_data(grad_values),
       float_data(grad_entropy)};
@@ -82,24 +78,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
 
   PpoSums total;
   for (const PpoSums& part : parts) {
-    for (int stat = 0; stat < kRatioMax; ++stat) {
-      total.of[stat] += part.of[stat];
-    }
-    double& largest = total.of[kRatioMax]; // NaN from either side stays
-    largest = largest >= part.of[kRatioMax] || largest != largest ? largest : part.of[kRatioMax];
+    total.merge(part);
   }
+  const PpoResult result = total.result(settings, tokens);
   const Tensor loss = empty_tensor({}, ScalarType::Float), stats = empty_tensor({kPpoStats}, ScalarType::Float);
-  for (int stat = 0; stat < kPpoStats; ++stat) {
-    total.of[stat] /= stat == kRatioMax ? 1.0 : tokens;
-    float_data(stats)[stat] = static_cast<float>(total.of[stat]);
-  }
-  *float_data(loss) = static_cast<float>(
-      total.of[kPolicyLoss] + vf_coef * total.of[kValueLoss] - entropy_coef * total.of[kEntropy] +
-      kl_coef * total.of[kKl]);
+  *float_data(loss) = result.loss;
+  std::copy(result.stats, result.stats + kPpoStats, float_data(stats));
   return {loss, stats, grad_logprobs, grad_values, grad_entropy};
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastppo, CPU, m) { m.impl("ppo_loss", TORCH_BOX(&ppo_loss_cpu)); }
 

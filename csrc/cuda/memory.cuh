@@ -5,6 +5,7 @@ How rows of float32, bfloat16 and float16 get in and out of registers as float32
   load_floats<N>(row, first, out, fill)       N elements of a row as floats, `fill` past its end
   store_floats<N>(row, first, x)              the other way; places past the end are left alone
   Rows                                        a tensor of one of the three dtypes, any distance between rows
+  Number                                      a number that may lie on the device, where no host waits for it
 
 Which thread takes which elements never depends on how a row is aligned: a row that does not start on 16 bytes is read
 one element at a time by the same threads. So sums are the same bits wherever a row lies.
@@ -164,10 +165,36 @@ __device__ __forceinline__ float load_float(const Rows& x, int64_t row, int64_t 
   }
 }
 
+enum class NumberType : int8_t { kGiven, kFloat, kDouble, kLong };
+
+struct Number {
+  const void* data = nullptr;
+  NumberType type = NumberType::kGiven;
+  double given = 0; // the number itself, where it is not on the device
+
+  __device__ __forceinline__ double value() const {
+    switch (type) {
+      case NumberType::kFloat:
+        return Span<const float>{static_cast<const float*>(data), 1}[0];
+      case NumberType::kDouble:
+        return Span<const double>{static_cast<const double*>(data), 1}[0];
+      case NumberType::kLong:
+        return static_cast<double>(Span<const int64_t>{static_cast<const int64_t*>(data), 1}[0]);
+      default:
+        return given;
+    }
+  }
+};
+
 struct MaskRows {
   const bool* data = nullptr;
   int64_t rows = 0, columns = 0, stride = 0;
 };
+
+__device__ __forceinline__ bool mask_at(const MaskRows& mask, int64_t row, int64_t column) {
+  FASTPPO_ASSERT(row >= 0 && row < mask.rows, "row out of range");
+  return Span<const bool>{mask.data + row * mask.stride, mask.columns}[column];
+}
 
 // N places of a mask; false past the end of the row.
 template <int N>

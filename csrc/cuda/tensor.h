@@ -1,8 +1,9 @@
 /*
 From torch::stable::Tensor to what kernels take, and what a launcher needs around a launch. For csrc/cuda/<concept>.cu.
 
-  const OnDevice on(tensor);            makes its device the current one for the scope; on.stream is torch's current
-stream HeldRows, HeldMask                    a tensor as Rows or MaskRows, held (it may be a copy) for the scope
+  const OnDevice on(tensor);            makes its device the current one for the scope; on.stream is torch's stream
+  HeldRows, HeldMask                    a tensor as Rows or MaskRows, held (it may be a copy) for the scope
+  HeldNumber, number(x)                 a 0-d tensor, or a number of the host, as a Number
   floats(tensor)                        a contiguous float32 tensor as a Span
   FASTPPO_CUDA_IMPL(m) { m.impl(...) }  registers for CUDA tensors; in the emulated library, for its CPU tensors
 
@@ -121,9 +122,33 @@ struct HeldMask : MaskRows {
   }
 };
 
-inline Tensor empty_float(const Tensor& like) {
-  return torch::stable::new_empty(like, like.sizes(), std::make_optional(ScalarType::Float));
+// A 0-d tensor as a Number. A dtype that kernels do not know is converted, on the device too.
+struct HeldNumber : Number {
+  Tensor held;
+
+  explicit HeldNumber(const Tensor& x) : held(is_known(x) ? x : wide(x)) {
+    data = held.const_data_ptr();
+    const auto dtype = held.scalar_type();
+    type = dtype == ScalarType::Float  ? NumberType::kFloat
+           : dtype == ScalarType::Long ? NumberType::kLong
+                                       : NumberType::kDouble;
+  }
+
+ private:
+  static Tensor wide(const Tensor& x) { return torch::stable::to(x, std::make_optional(ScalarType::Double)); }
+  static bool is_known(const Tensor& x) {
+    const auto dtype = x.scalar_type();
+    return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Long;
+  }
+};
+
+inline Number number(double x) { return {nullptr, NumberType::kGiven, x}; }
+
+inline Tensor empty_float(const Tensor& like, Sizes sizes) {
+  return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
 }
+
+inline Tensor empty_float(const Tensor& like) { return empty_float(like, like.sizes()); }
 
 inline Span<float> floats(const Tensor& x) { return {static_cast<float*>(x.mutable_data_ptr()), x.numel()}; }
 

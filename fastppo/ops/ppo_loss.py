@@ -70,7 +70,9 @@ def ppo_loss(
         ref_logprobs: log-probs under the reference. Needed when ``kl_coef`` is not 0; else only measures
             ``kl``.
         kl_estimator: "k1", "abs", "k2" or "k3"; see :func:`fastppo.ops.kl_penalty`.
-        normalizer: number or 0-d tensor above 0. None: how many tokens count here, at least 1.
+        normalizer: number or 0-d tensor above 0. None: how many tokens count here, at least 1. A CUDA tensor is
+            read on the device and nothing waits for it: where it is not above 0 and finite, loss, stats and
+            gradients are NaN.
 
     Returns:
         (loss, stats): a 0-d float32 tensor, and :class:`PPOStats`.
@@ -79,8 +81,7 @@ def ppo_loss(
         ValueError: a shape, dtype, device, number or the estimator is not as above, or an input that a
             coefficient needs is missing; the message names it.
     """
-    if normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), normalizer, dtype=torch.float64, device=new_logprobs.device)
+    number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
     loss, stats, *_ = call(
         torch.ops.fastppo.ppo_loss.default,
         new_logprobs,
@@ -92,7 +93,7 @@ def ppo_loss(
         returns,
         entropy,
         ref_logprobs,
-        normalizer,
+        tensor,
         clip_range,
         clip_range if clip_range_high is None else clip_range_high,
         dual_clip,
@@ -101,6 +102,7 @@ def ppo_loss(
         entropy_coef,
         kl_coef,
         kl_estimator,
+        number,
     )
     return loss, PPOStats(*stats.detach().unbind())
 
@@ -122,7 +124,7 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-_NEW_LOGPROBS, _NEW_VALUES, _ENTROPY, _INPUTS = 0, 4, 7, 18  # places in the schema
+_NEW_LOGPROBS, _NEW_VALUES, _ENTROPY, _INPUTS = 0, 4, 7, 19  # places in the schema
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

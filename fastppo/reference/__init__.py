@@ -11,6 +11,7 @@ from .kl import KL_ESTIMATORS, kl_penalty
 from .linear_logprobs import linear_logprobs
 from .logprobs import logprobs
 from .ppo_loss import PPOStats, ppo_loss
+from .ppo_loss_from_logits import ppo_loss_from_logits
 from .sample import Sample, sample
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "linear_logprobs",
     "logprobs",
     "ppo_loss",
+    "ppo_loss_from_logits",
     "rewards_and_advantages",
     "sample",
     "scale_to_unit_std",

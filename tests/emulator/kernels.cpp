@@ -13,9 +13,12 @@ numbers are right is for tests/ops to say; here they only have to be the same tw
 #include <string>
 #include <vector>
 
+#include "cuda/adamw.cuh"
 #include "cuda/gae.cuh"
 #include "cuda/kl.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ppo_loss.cuh"
+#include "cuda/ppo_loss_from_logits.cuh"
 
 namespace fastppo::cuda {
 namespace {
@@ -100,8 +103,123 @@ Results kl() {
   return out.held;
 }
 
+Results adamw() {
+  constexpr int64_t n = 299; // the last group is cut off
+  Inputs in(1, n);
+  Outputs out(n);
+  std::vector<uint16_t> param(n, 0x3f80), moment(n, 0x3f80);
+  std::vector<int16_t> residual(n, 7);
+  const Span<float> full = out.add();
+  std::fill(full.data, full.data + n, 1.0f);
+  const double grad_scale = 0.5;
+  for (const Rows& grad : {in.floats(), in.halves()}) {
+    FASTPPO_LAUNCH(
+        adamw_kernel, 2, kAdamwThreads, 0, nullptr,
+        AdamwArgs{
+            {param.data(), n},
+            {residual.data(), n},
+            grad,
+            {{moment.data(), n}, {}},
+            {{}, full},
+            adamw_settings(0.1, 0.9, 0.99, 1e-8, 0.1, 1),
+            1,
+            Number{&grad_scale, NumberType::kDouble}});
+  }
+  const Span<float> master = out.add();
+  for (int64_t i = 0; i < n; ++i) {
+    master.data[i] = join_master(param[i], residual[i]);
+  }
+  return out.held;
+}
+
+Results ppo_loss() {
+  Results results;
+  const PpoSettings settings{0.2, 0.3, 2, 0.2, 0.5, 0.01, 0.1, KlEstimator::k3};
+  for (const int64_t columns : kColumns) {
+    const Inputs in(3, columns);
+    Outputs out(3 * columns);
+    std::vector<PpoSums> parts(2);
+    std::vector<long long> counts(2);
+    unsigned counter = 0;
+    for (const int blocks : {1, 2}) {
+      const PpoArgs args{
+          in.floats(),
+          in.halves(),
+          in.floats(),
+          in.floats(),
+          in.halves(),
+          in.floats(),
+          in.floats(),
+          in.halves(),
+          in.counts(),
+          settings,
+          true,
+          Number{},
+          {out.add(), out.add(), out.add(), out.add(), out.add()},
+          {counts.data(), blocks},
+          {parts.data(), blocks},
+          &counter};
+      if (blocks == 1) {
+        FASTPPO_LAUNCH(ppo_loss_kernel, 1, kPpoThreads, 0, nullptr, args, kPpoPrepare, kPpoLoss);
+      } else {
+        FASTPPO_LAUNCH(ppo_loss_kernel, 2, kPpoThreads, 0, nullptr, args, kPpoPrepare, kPpoPrepare);
+        FASTPPO_LAUNCH(ppo_loss_kernel, 2, kPpoThreads, 0, nullptr, args, kPpoLoss, kPpoLoss);
+      }
+    }
+    results.insert(results.end(), out.held.begin(), out.held.end());
+  }
+  return results;
+}
+
+template <class T>
+void ppo_loss_from_logits(const std::vector<T>& x, Results& results) {
+  constexpr int64_t rows = 3, vocabulary = 299;
+  const Inputs tokens(1, rows);
+  const std::vector<int64_t> ids{5, 0, vocabulary - 1};
+  std::vector<T> dlogits(rows * vocabulary);
+  std::vector<float> found(2 * rows);
+  long long count = 0;
+  double normalizer = 0;
+  FASTPPO_LAUNCH(
+      count_tokens_kernel, 1, kPpoThreads, 0, nullptr, tokens.counts(), Span<long long>{&count, 1},
+      Span<double>{&normalizer, 1});
+  for (const int64_t held : {int64_t{0}, int64_t{64}, int64_t{304}}) {
+    const PpoRowsArgs<T> args{
+        {x.data(), rows, vocabulary, {1, {rows}, {vocabulary}}},
+        {ids.data(), rows, {1, {rows}, {1}}},
+        tokens.floats(),
+        tokens.halves(),
+        tokens.floats(),
+        tokens.counts(),
+        {0.2, 0.3, 2, 0.2, 0.5, 0.01, 0.1, KlEstimator::k3},
+        Number{&normalizer, NumberType::kDouble},
+        2.0,
+        base_2_scale(2.0),
+        held,
+        {dlogits.data(), rows * vocabulary},
+        {found.data(), rows},
+        {found.data() + rows, rows}};
+    FASTPPO_LAUNCH((ppo_rows_kernel<T>), 2, kRowThreads, held * static_cast<int64_t>(sizeof(T)), nullptr, args);
+    FASTPPO_LAUNCH(
+        (scale_kernel<T>), 2, kScaleThreads, 0, nullptr, args.dlogits, Number{nullptr, NumberType::kGiven, 0.3});
+    results.push_back(found);
+    results.emplace_back(dlogits.begin(), dlogits.end());
+  }
+}
+
+Results ppo_loss_from_logits() {
+  const Inputs in(3, 299);
+  Results results;
+  ppo_loss_from_logits(in.x, results);
+  ppo_loss_from_logits(in.y, results);
+  return results;
+}
+
 // The suite asks for each of these; a concept with kernels that is not here is an error (test_sanitize.py).
-const std::map<std::string, std::function<Results()>> concepts = {{"gae", gae}, {"kl", kl}};
+const std::map<std::string, std::function<Results()>> concepts = {
+    {"adamw", adamw}, {"gae", gae}, {"kl", kl}, {"ppo_loss", ppo_loss}, {"ppo_loss_from_logits", [] {
+                                                                           return ppo_loss_from_logits();
+                                                                         }}};
 
 } // namespace
 } // namespace fastppo::cuda

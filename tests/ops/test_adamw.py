@@ -1,23 +1,27 @@
 """adamw_step_ keeps its promises."""
 
+import math
+
 import pytest
 import torch
+from backends import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastppo import ops, reference
+from fastppo.reference.adamw import round_by_chance, rounding_bits
 
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 
 def start(shape, moments_dtype=torch.bfloat16, seed=0):
     """Return a float32 master weight and the op's state for it."""
-    master = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    master = torch.randn(shape, generator=seeded(seed))
     return master, [*ops.split_master(master), *torch.zeros(2, *shape, dtype=moments_dtype)]
 
 
 def gradients(shape, steps, dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(steps)]
 
 
@@ -47,7 +51,7 @@ def test_the_two_halves_are_the_master_bit_for_bit(bits):
 
 
 def test_param_is_the_nearest_bfloat16():
-    master = torch.randn(10000, generator=torch.Generator().manual_seed(0))
+    master = torch.randn(10000, generator=seeded(0))
     param, _ = ops.split_master(master)
     error = (param.float() - master).abs()
     assert (
@@ -59,9 +63,7 @@ def test_param_is_the_nearest_bfloat16():
 
 def test_one_step_splits_as_the_reference_does():
     # lr = 0 and no decay: the master passes through the kernel's join and split unchanged.
-    bits = torch.randint(
-        -(2**31), 2**31 - 1, (100_000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)
-    )
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), dtype=torch.int32, generator=seeded(0))
     master = bits.view(torch.float32)
     master = master[master.isfinite()]
     zeros = torch.zeros_like(master)
@@ -219,31 +221,90 @@ def test_compiles_whole():
     assert all(torch.equal(a, b) for a, b in zip(state, expected, strict=True))
 
 
-W, F = torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(4, 3)
-R = torch.zeros(4, 3, dtype=torch.int16)
+def one_operation_at_a_time(state, grad, grad_scale, step):
+    """Return (master, exp_avg, exp_avg_sq) after a step: torch rounds every one of these operations on its own."""
+    t = {name: torch.tensor(x, dtype=torch.float64).float() for name, x in {
+        "decay": 1 - SETTINGS["lr"] * SETTINGS["weight_decay"],
+        "rate1": 1 - SETTINGS["beta1"],
+        "beta2": SETTINGS["beta2"],
+        "rate2": 1 - SETTINGS["beta2"],
+        "step_size": SETTINGS["lr"] / (1 - SETTINGS["beta1"] ** step),
+        "bias2": 1 / math.sqrt(1 - SETTINGS["beta2"] ** step),
+        "eps": SETTINGS["eps"],
+        "scale": grad_scale,
+    }.items()}  # fmt: skip
+    g = grad.float() * t["scale"]
+    m = state[2].float()
+    m = m + t["rate1"] * (g - m)
+    v = t["beta2"] * state[3].float() + t["rate2"] * g * g
+    master = ops.join_master(*state[:2])
+    return master * t["decay"] - t["step_size"] * m / (v.sqrt() * t["bias2"] + t["eps"]), m, v
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_every_backend_and_instruction_set_gives_these_bits(grad_dtype):
+    master, state = start((3000,), torch.float32)
+    for t, grad in enumerate(gradients((3000,), 3, grad_dtype), 1):
+        expected = one_operation_at_a_time(state, grad, 0.7, t)
+        half = [*(x.clone() for x in state[:2]), *(x.bfloat16() for x in state[2:])]
+        half_expected = one_operation_at_a_time(half, grad, 0.7, t)
+        step(state, grad, step=t, grad_scale=0.7)
+        step(half, grad, step=t, grad_scale=0.7)
+        for got, want in zip([ops.join_master(*state[:2]), *state[2:]], expected, strict=True):
+            assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+        assert torch.equal(ops.join_master(*half[:2]), half_expected[0])
+        noise = rounding_bits(t, 3000).to(master.device)
+        assert torch.equal(half[2], round_by_chance(half_expected[1], noise & 0xFFFF))
+        assert torch.equal(half[3], round_by_chance(half_expected[2], noise >> 16))
+
+
+def test_tensors_that_do_not_start_on_16_bytes():
+    grad = gradients((1000,), 1)[0]
+    _, expected = start((1000,))
+    step(expected, grad)
+    _, state = start((1000,))
+    moved = []
+    for i, x in enumerate([*state, grad]):
+        wide = torch.full((1024,), 1, dtype=x.dtype)
+        moved.append(wide[i + 1 : i + 1001])
+        moved[-1].copy_(x)
+    step(moved[:4], moved[4])
+    assert all(torch.equal(a, b) for a, b in zip(moved[:4], expected, strict=True))
+    assert all(
+        (x._base[: i + 1] == 1).all() and (x._base[i + 1001 :] == 1).all() for i, x in enumerate(moved)
+    )
 
 
 @pytest.mark.parametrize(
     ("message", "state", "changes"),
     [
-        ("param must be bfloat16, got float32", (F, R, W, W, F), {}),
-        ("residual must be int16, got bfloat16", (W, W, W, W, F), {}),
-        ("residual must have shape (4, 3) like param, got (3,)", (W, R[0], W, W, F), {}),
-        ("grad must have shape (4, 3) like param, got (3, 4)", (W, R, W.t(), W, F), {}),
-        ("exp_avg must be bfloat16 or float32, got float16", (W, R, W, W.half(), F), {}),
-        ("exp_avg_sq must be bfloat16 or float32, got float16", (W, R, W, W, W.half()), {}),
+        ("param must be bfloat16, got float32", lambda w, r, f: (f, r, w, w, f), {}),
+        ("residual must be int16, got bfloat16", lambda w, r, f: (w, w, w, w, f), {}),
+        ("residual must have shape (4, 3) like param, got (3,)", lambda w, r, f: (w, r[0], w, w, f), {}),
+        ("grad must have shape (4, 3) like param, got (3, 4)", lambda w, r, f: (w, r, w.t(), w, f), {}),
+        ("exp_avg must be bfloat16 or float32, got float16", lambda w, r, f: (w, r, w, w.half(), f), {}),
+        ("exp_avg_sq must be bfloat16 or float32, got float16", lambda w, r, f: (w, r, w, w, w.half()), {}),
         (
             "param must be contiguous: it is written in place",
-            (torch.zeros(3, 4).bfloat16().t(), R, W, W, F),
+            lambda w, r, f: (torch.zeros(3, 4).bfloat16().t(), r, w, w, f),
             {},
         ),
-        ("step must be at least 1 (the first step is 1), got 0", (W, R, W, W, F), {"step": 0}),
-        ("beta1 must be at least 0 and below 1, got 1", (W, R, W, W, F), {"beta1": 1.0}),
-        ("lr must be at least 0, got nan", (W, R, W, W, F), {"lr": float("nan")}),
-        ("grad_scale must have shape (), got (3,)", (W, R, W, W, F), {"grad_scale": torch.ones(3)}),
+        (
+            "step must be at least 1 (the first step is 1), got 0",
+            lambda w, r, f: (w, r, w, w, f),
+            {"step": 0},
+        ),
+        ("beta1 must be at least 0 and below 1, got 1", lambda w, r, f: (w, r, w, w, f), {"beta1": 1.0}),
+        ("lr must be at least 0, got nan", lambda w, r, f: (w, r, w, w, f), {"lr": float("nan")}),
+        (
+            "grad_scale must have shape (), got (3,)",
+            lambda w, r, f: (w, r, w, w, f),
+            {"grad_scale": torch.ones(3)},
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(message, state, changes):
+    f = torch.zeros(4, 3)
     with pytest.raises(ValueError) as error:
-        ops.adamw_step_(*state, **{**SETTINGS, "step": 1, **changes})
+        ops.adamw_step_(*state(f.bfloat16(), f.short(), f), **{**SETTINGS, "step": 1, **changes})
     assert str(error.value) == f"adamw_step_: {message}"

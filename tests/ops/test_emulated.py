@@ -17,6 +17,46 @@ def inputs(rows, columns, dtype=torch.float32):
     return torch.randn(rows, generator=generator), *tensors, mask
 
 
+def ppo_loss(rows, columns, normalizer=None):
+    x, mask = inputs(rows, columns)[1:4], inputs(rows, columns)[4]
+    return ops.ppo_loss(
+        *x,
+        mask,
+        new_values=x[0],
+        values=x[1],
+        returns=x[2],
+        entropy=x[0],
+        ref_logprobs=x[1],
+        normalizer=normalizer,
+    )
+
+
+def from_logits(rows, vocabulary, dtype=torch.float32, normalizer=None):
+    x = inputs(2, rows // 2)[1:4]
+    logits = inputs(rows, vocabulary, dtype)[1].view(2, rows // 2, vocabulary).requires_grad_()
+    ids = torch.arange(rows).view(2, -1) % vocabulary
+    positional = (logits, ids, x[0] - 6, x[1], torch.ones(2, rows // 2, dtype=torch.bool))
+    loss, stats = ops.ppo_loss_from_logits(
+        *positional, ref_logprobs=x[0] - 6, kl_coef=0.1, entropy_coef=0.1, normalizer=normalizer
+    )
+    return loss.detach(), stats, torch.autograd.grad(loss, logits)
+
+
+def scale_():
+    x = LARGE[1].clone()
+    torch.ops.fastppo.scale_(x, torch.tensor(0.3))
+    return x
+
+
+def adamw_step_(count):
+    x = inputs(1, count)[1].flatten()
+    state = [*ops.split_master(x), x.bfloat16(), x.square()]
+    ops.adamw_step_(
+        *state[:2], x, *state[2:], lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, step=1
+    )
+    return state
+
+
 # Every kernel, in shapes that take each of its launches: one block and several, rows longer than a warp's step.
 SMALL, LARGE = inputs(5, 300, torch.bfloat16), inputs(24, 700)
 CALLS = {
@@ -25,13 +65,21 @@ CALLS = {
     "whiten, several": lambda: ops.whiten(LARGE[1], LARGE[4]),
     "rewards_and_advantages, one block": lambda: ops.rewards_and_advantages(*SMALL, whiten_rewards=True),
     "rewards_and_advantages, several": lambda: ops.rewards_and_advantages(*LARGE, whiten_rewards=True),
+    "ppo_loss, one block": lambda: ppo_loss(5, 300),
+    "ppo_loss, several": lambda: ppo_loss(24, 700),
+    "ppo_loss, several, normalizer": lambda: ppo_loss(24, 700, normalizer=torch.tensor(100.0)),
+    "ppo_loss_from_logits": lambda: from_logits(8, 4099, torch.bfloat16),
+    "scale_": scale_,
+    "adamw_step_": lambda: adamw_step_(5003),
     "kl_penalty": lambda: ops.kl_penalty(LARGE[1], LARGE[2], estimator="k3"),
     "kl_penalty_backward": lambda: torch.ops.fastppo.kl_penalty_backward(*LARGE[1:4], "k2"),
 }
 
 
 def flat(results):
-    return [results] if torch.is_tensor(results) else list(results)
+    if torch.is_tensor(results):
+        return [results]
+    return [x for result in results for x in flat(result)]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -72,6 +120,12 @@ def test_every_emulated_op_is_in_the_list_above():
         ("whiten, several", 2),
         ("rewards_and_advantages, one block", 1),
         ("rewards_and_advantages, several", 3),
+        ("ppo_loss, one block", 1),
+        ("ppo_loss, several", 2),
+        ("ppo_loss, several, normalizer", 2),
+        ("ppo_loss_from_logits", 3 + 1),  # the tokens counted, rows, tokens; the backward looks at its factor
+        ("scale_", 1),
+        ("adamw_step_", 1),
         ("kl_penalty", 1),
         ("kl_penalty_backward", 1),
     ],
@@ -99,6 +153,25 @@ def test_every_input_is_read_once_and_every_result_written_once():
         assert machine.counts()[1:] == ((4 + 4 + 1) * tokens, (4 + 4) * tokens)
         ops.kl_penalty(LARGE[1], LARGE[2])
         assert machine.counts()[1:] == ((4 + 4) * tokens, 4 * tokens)
+        ppo_loss(5, 304)  # in one block
+        loaded, stored = (8 * 4 + 1) * 5 * 304, 3 * 4 * 5 * 304
+        counted, results = 5 * 304 + 8 + 8, 8 + 4 * 10  # the mask once more to count it; loss and stats
+        assert machine.counts()[1:] == (loaded + counted - 8, stored + results)
+        adamw_step_(5000)
+        assert machine.counts()[1:] == ((2 + 2 + 4 + 2 + 4) * 5000, (2 + 2 + 2 + 4) * 5000)
+
+
+def test_the_loss_from_logits_reads_and_writes_each_row_once():
+    with backends.emulated() as machine:
+        for shared, reads in [(227 << 10, 1), (3 << 10, 1 + 3840 / 4096)]:  # 1024 bytes, 256 logits, are held
+            machine.set(max_shared=shared)
+            machine.counts()
+            from_logits(8, 4096, normalizer=8.0)
+            counts = machine.counts()
+            assert counts.launches == 2 + 1
+            row_bytes = 8 * 4096 * 4
+            assert row_bytes * reads <= counts.bytes_loaded < row_bytes * reads + 2000
+            assert row_bytes <= counts.bytes_stored < row_bytes + 1000
 
 
 def test_the_cpu_kernels_are_back_afterwards():

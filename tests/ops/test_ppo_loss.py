@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import seeded
 
 from fastppo import ops, reference
 
@@ -39,7 +40,7 @@ TRAINED = ("new_logprobs", "new_values", "entropy")
 
 
 def draw(shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     inputs = {name: (0.5 * torch.randn(shape, generator=generator)).to(dtype) for name in NAMES}
     return inputs, torch.rand(shape, generator=generator) > 0.3
 
@@ -134,9 +135,10 @@ def test_first_step_has_ratio_1_and_the_plain_policy_gradient():
 
 
 @pytest.mark.parametrize(
-    "normalizer", [100.0, torch.tensor(100.0), torch.tensor(100), torch.tensor(100.0).double()]
+    "dtype", [None, torch.float32, torch.float64, torch.int64, torch.int32, torch.bfloat16]
 )
-def test_gradient_and_stats_do_not_depend_on_the_split_into_micro_batches(normalizer):
+def test_gradient_and_stats_do_not_depend_on_the_split_into_micro_batches(dtype):
+    normalizer = 100.0 if dtype is None else torch.tensor(100, dtype=dtype)
     inputs, mask = draw((12, 30))
     loss, stats, grads = loss_stats_grads(ops.ppo_loss, inputs, mask, normalizer=normalizer)
     for sizes in ([1] * 12, [5, 7], [11, 1]):
@@ -277,12 +279,13 @@ def test_opcheck():
         torch.tensor(30.0),
     )
     torch.library.opcheck(torch.ops.fastppo.ppo_loss.default, (*positional, *optional, *numbers))
-    numbers = (0.2, 0.3, 2.0, 0.2, 0.1, 0.0, 0.0, "k1")
+    numbers = (0.2, 0.3, 2.0, 0.2, 0.1, 0.0, 0.0, "k1", 30.0)
     torch.library.opcheck(torch.ops.fastppo.ppo_loss.default, (*positional, *[None] * 6, *numbers))
 
 
-@pytest.mark.parametrize("normalizer", [None, 30, 30.0, torch.tensor(30.0)])
+@pytest.mark.parametrize("normalizer", [None, 30, 30.0, "tensor"])
 def test_compiles_whole(normalizer):
+    normalizer = torch.tensor(30.0) if normalizer == "tensor" else normalizer
     inputs, mask = draw((3, 20))
     compiled = torch.compile(ops.ppo_loss, fullgraph=True, backend="aot_eager")
     got = loss_stats_grads(compiled, inputs, mask, normalizer=normalizer)
@@ -292,7 +295,36 @@ def test_compiles_whole(normalizer):
         assert torch.equal(a, b)
 
 
-X, MASK = torch.zeros(4, 128), torch.ones(4, 128, dtype=torch.bool)
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_a_normalizer_that_cannot_divide_is_told_of_or_makes_everything_nan(bad, backend):
+    inputs, mask = draw((3, 20))
+    with pytest.raises(ValueError, match="normalizer must be above 0 and finite"):
+        loss_stats_grads(ops.ppo_loss, inputs, mask, normalizer=bad)
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="normalizer must be above 0 and finite"):
+            loss_stats_grads(ops.ppo_loss, inputs, mask, normalizer=torch.tensor(bad))
+        return
+    # On a device nobody waits to read it.
+    loss, stats, grads = loss_stats_grads(
+        ops.ppo_loss, inputs, mask, normalizer=torch.tensor(bad), entropy_coef=0.1
+    )
+    assert loss.isnan() and all(x.isnan() for x in stats[:-1])
+    for grad in grads:
+        assert grad[mask].isnan().all() and (grad[~mask] == 0).all()
+
+
+def test_many_tokens():
+    """More than one block of the CUDA kernel takes, rows that start at every alignment, and a row that is long."""
+    for shape in [(5, 4099), (33000,)]:
+        inputs, mask = draw(shape)
+        loss, stats, grads = loss_stats_grads(ops.ppo_loss, inputs, mask, kl_coef=0.1, entropy_coef=0.01)
+        wide = {name: x.double() for name, x in inputs.items()}
+        expected_loss, expected_stats, expected_grads = loss_stats_grads(
+            reference.ppo_loss, wide, mask, kl_coef=0.1, entropy_coef=0.01
+        )
+        torch.testing.assert_close(loss.double(), expected_loss, atol=1e-6, rtol=1e-5)
+        for got, expected in zip([*stats, *grads], [*expected_stats, *expected_grads], strict=True):
+            torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -300,37 +332,52 @@ X, MASK = torch.zeros(4, 128), torch.ones(4, 128, dtype=torch.bool)
     [
         (
             "advantages must have shape (4, 128) like new_logprobs, got (4,)",
-            lambda: ops.ppo_loss(X, X, X[:, 0], MASK),
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x[:, 0], mask),
         ),
-        ("response_mask must be bool, got float32", lambda: ops.ppo_loss(X, X, X, X)),
+        ("response_mask must be bool, got float32", lambda ppo_loss, x, mask: ppo_loss(x, x, x, x)),
         (
             "logprobs must be float32, bfloat16 or float16, got int64",
-            lambda: ops.ppo_loss(X, X.long(), X, MASK),
+            lambda ppo_loss, x, mask: ppo_loss(x, x.long(), x, mask),
         ),
         (
             "new_values needs values and returns, got no values",
-            lambda: ops.ppo_loss(X, X, X, MASK, new_values=X, returns=X),
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, new_values=x, returns=x),
         ),
         (
             "returns must have shape (4, 128) like new_logprobs, got (512,)",
-            lambda: ops.ppo_loss(X, X, X, MASK, new_values=X, values=X, returns=X.flatten()),
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, new_values=x, values=x, returns=x.flatten()),
         ),
         (
             "entropy_coef = 0.01 needs entropy, got None",
-            lambda: ops.ppo_loss(X, X, X, MASK, entropy_coef=0.01),
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, entropy_coef=0.01),
         ),
-        ("kl_coef = 0.1 needs ref_logprobs, got None", lambda: ops.ppo_loss(X, X, X, MASK, kl_coef=0.1)),
-        ("clip_range must be at least 0, got -0.2", lambda: ops.ppo_loss(X, X, X, MASK, clip_range=-0.2)),
-        ("dual_clip must be above 1, got 0.5", lambda: ops.ppo_loss(X, X, X, MASK, dual_clip=0.5)),
-        ("normalizer must be above 0 and finite, got 0", lambda: ops.ppo_loss(X, X, X, MASK, normalizer=0)),
-        ("normalizer must have shape (), got (4,)", lambda: ops.ppo_loss(X, X, X, MASK, normalizer=X[:, 0])),
+        (
+            "kl_coef = 0.1 needs ref_logprobs, got None",
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, kl_coef=0.1),
+        ),
+        (
+            "clip_range must be at least 0, got -0.2",
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, clip_range=-0.2),
+        ),
+        (
+            "dual_clip must be above 1, got 0.5",
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, dual_clip=0.5),
+        ),
+        (
+            "normalizer must be above 0 and finite, got 0",
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, normalizer=0),
+        ),
+        (
+            "normalizer must have shape (), got (4,)",
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, normalizer=x[:, 0]),
+        ),
         (
             "kl_estimator must be one of 'k1', 'abs', 'k2', 'k3', got 'full'",
-            lambda: ops.ppo_loss(X, X, X, MASK, kl_estimator="full"),
+            lambda ppo_loss, x, mask: ppo_loss(x, x, x, mask, kl_estimator="full"),
         ),
     ],
 )
 def test_errors_name_what_is_wrong(message, call):
     with pytest.raises(ValueError) as error:
-        call()
+        call(ops.ppo_loss, torch.zeros(4, 128), torch.ones(4, 128, dtype=torch.bool))
     assert str(error.value) == f"ppo_loss: {message}"

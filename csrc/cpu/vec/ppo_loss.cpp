@@ -11,6 +11,7 @@ namespace fastppo::CPU_CAPABILITY {
 
 void ppo_loss_block(const PpoArgs& args, int64_t row, int64_t begin, int64_t n, PpoSums& sums) {
   const int64_t offset = row * args.columns + begin;
+  const PpoCoefficients& c = args.coefficients;
   const Vec zero(0.0f), half(0.5f);
   Block mask_block, new_logprobs, logprobs, advantages, slopes;
   load_mask(args.mask, row, begin, n, mask_block);
@@ -18,13 +19,13 @@ void ppo_loss_block(const PpoArgs& args, int64_t row, int64_t begin, int64_t n, 
   load_selected(args.logprobs, row, begin, n, mask_block, logprobs);
   load_selected(args.advantages, row, begin, n, mask_block, advantages);
 
-  const Vec low(args.ratio_low), high(args.ratio_high), policy_scale(args.policy_scale);
+  const Vec low(c.ratio_low), high(c.ratio_high), policy_scale(c.policy_scale);
   Vec policy_loss(0.0f), approx_kl(0.0f), clipped(0.0f), ratio_sum(0.0f), ratio_max(0.0f);
   for (int64_t i = 0; i < n; i += kLanes) {
     const auto counts = mask_block.get(i) > zero;
     const Vec log_ratio = new_logprobs.get(i) - logprobs.get(i);
     const Vec ratio = select(counts, vexp(log_ratio), zero);
-    const auto term = policy_term(ratio, advantages.get(i), low, high, args.dual_clip);
+    const auto term = policy_term(ratio, advantages.get(i), low, high, c.dual_clip);
     slopes.set(i, term.slope * policy_scale);
     policy_loss = policy_loss + term.loss;
     approx_kl = approx_kl + half * log_ratio * log_ratio;
@@ -49,7 +50,7 @@ void ppo_loss_block(const PpoArgs& args, int64_t row, int64_t begin, int64_t n, 
     load_selected(args.ref_logprobs, row, begin, n, mask_block, ref_logprobs);
     with_estimator(args.kl_estimator, [&](auto estimator) {
       constexpr KlEstimator kEstimator = decltype(estimator)::value;
-      const Vec scale(args.kl_scale);
+      const Vec scale(c.kl_scale);
       Vec kl(0.0f);
       for (int64_t i = 0; i < n; i += kLanes) {
         const Vec d = new_logprobs.get(i) - ref_logprobs.get(i); // 0 where masked, and so is every estimate
@@ -69,11 +70,11 @@ void ppo_loss_block(const PpoArgs& args, int64_t row, int64_t begin, int64_t n, 
     load_selected(args.new_values, row, begin, n, mask_block, new_values);
     load_selected(args.values, row, begin, n, mask_block, values);
     load_selected(args.returns, row, begin, n, mask_block, returns);
-    const Vec scale(args.value_scale);
+    const Vec scale(c.value_scale);
     Vec value_loss(0.0f), value_clipped(0.0f);
     for (int64_t i = 0; i < n; i += kLanes) {
       // Masked places hold 0, 0, 0: no error, no slope.
-      const auto term = value_term(new_values.get(i), values.get(i), returns.get(i), args.value_clip_range);
+      const auto term = value_term(new_values.get(i), values.get(i), returns.get(i), c.value_clip_range);
       value_loss = value_loss + term.loss;
       value_clipped = value_clipped + term.clipped;
       (scale * term.slope).store(args.grad_values + offset + i, lanes_left(n, i));
@@ -85,7 +86,7 @@ void ppo_loss_block(const PpoArgs& args, int64_t row, int64_t begin, int64_t n, 
   if (args.entropy) {
     Block& entropy = new_logprobs; // no longer needed
     load_selected(args.entropy, row, begin, n, mask_block, entropy);
-    const Vec scale(args.entropy_scale);
+    const Vec scale(c.entropy_scale);
     Vec entropy_sum(0.0f);
     for (int64_t i = 0; i < n; i += kLanes) {
       entropy_sum = entropy_sum + entropy.get(i);

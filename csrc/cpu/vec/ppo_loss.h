@@ -3,7 +3,6 @@
 
 #include "cpu/capability.h"
 #include "cpu/rows.h"
-#include "csrc/kl.h"
 #include "csrc/ppo_loss.h"
 
 namespace fastppo {
@@ -14,14 +13,8 @@ struct PpoArgs {
   MaskRows mask;
   int64_t columns;
   KlEstimator kl_estimator;
-  float ratio_low, ratio_high, dual_clip, value_clip_range;
-  // Already divided by the normalizer: what one token's slope is multiplied by.
-  float policy_scale, value_scale, entropy_scale, kl_scale;
+  PpoCoefficients coefficients;
   float *grad_logprobs, *grad_values, *grad_entropy; // contiguous
-};
-
-struct PpoSums {
-  double of[kPpoStats] = {}; // sums over the block's tokens that count; kRatioMax: their maximum
 };
 
 } // namespace fastppo
