@@ -4,7 +4,8 @@ Log-probability of one id per row and entropy of the whole row, under softmax(lo
 logits: (..., V), any row strides, last dimension contiguous. ids: (...), int64. Results: (...), float32, nats.
 One read of the logits.
 
-A picked logit of -inf gives -inf. A row with NaN or +inf, or of only -inf, gives NaN.
+A picked logit of -inf gives -inf. A row with NaN or +inf, or of only -inf, gives NaN. An id outside [0, V) is an error
+on the CPU and a logprob of NaN on CUDA.
 
 Backward, with log p = z - log(sum):
   dlogits[i] = (grad_logprob * [i == id] - p[i] * (grad_logprob + grad_entropy * (log p[i] + entropy))) / temperature

@@ -9,6 +9,7 @@ product of the size of hidden, its float32 sum, and a copy of hidden where rows 
 #include "cpu/logits.h"
 #include "cpu/vec/linear_logprobs.h"
 #include "cpu/vec/logprobs.h"
+#include "products.h"
 
 namespace fastppo {
 namespace {
@@ -22,31 +23,6 @@ int64_t columns_per_tile(int64_t rows, DType dtype, int64_t vocabulary) {
   return std::min(vocabulary, std::clamp(fitting, kFewestColumns, kMostColumns));
 }
 
-// out = a @ b.
-void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]); // takes back the reference that the call returns
-}
-
-Tensor rows_of(const Tensor& x, int64_t begin, int64_t count) {
-  Tensor whole = x;
-  return torch::stable::narrow(whole, 0, begin, count);
-}
-
-Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
-
-// The first rows * columns elements of a buffer, as a contiguous matrix.
-Tensor matrix(const Tensor& buffer, int64_t rows, int64_t columns) {
-  const int64_t sizes[] = {rows, columns};
-  return torch::stable::view(rows_of(buffer, 0, rows * columns), Sizes(sizes, 2));
-}
-
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return empty_tensor(Sizes(sizes.begin(), sizes.size()), like.scalar_type());
-}
-
 std::vector<float> as_floats(const OptionalTensor& x) {
   if (!x) {
     return {};
@@ -57,16 +33,6 @@ std::vector<float> as_floats(const OptionalTensor& x) {
 }
 
 char* bytes(const Tensor& x) { return static_cast<char*>(x.data_ptr()); }
-
-// body(first row, rows, first column, columns) for each tile: all row blocks of one slice of the vocabulary, then on.
-template <class Body>
-void for_each_product(int64_t rows, int64_t vocabulary, int64_t columns, const Body& body) {
-  for (int64_t column = 0; column < vocabulary; column += columns) {
-    for (int64_t row = 0; row < rows; row += kRowBlock) {
-      body(row, std::min(kRowBlock, rows - row), column, std::min(columns, vocabulary - column));
-    }
-  }
-}
 
 template <class Body>
 void for_each_row_of_tile(int64_t rows, const Body& body) {
@@ -99,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprobs(
 
   std::vector<SoftmaxSums> sums(rows);
   std::vector<float> picked(rows);
-  for_each_product(rows, vocabulary, columns, [&](int64_t first, int64_t count, int64_t column, int64_t n) {
+  for_each_product(rows, kRowBlock, vocabulary, columns, [&](int64_t first, int64_t count, int64_t column, int64_t n) {
     const Tensor tile = matrix(buffer, count, n);
     matrix_product(rows_of(hidden, first, count), transposed(rows_of(weight, column, n)), tile);
     for_each_row_of_tile(count, [&](int64_t i, float* logits, float*) {
@@ -202,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
     });
   };
 
-  for_each_product(rows, vocabulary, columns, [&](int64_t first, int64_t count, int64_t column, int64_t n) {
+  for_each_product(rows, kRowBlock, vocabulary, columns, [&](int64_t first, int64_t count, int64_t column, int64_t n) {
     const Tensor tile = matrix(buffer, count, n), slice = rows_of(weight, column, n);
     const Tensor block_states = rows_of(states, first, count);
     matrix_product(block_states, transposed(slice), tile);

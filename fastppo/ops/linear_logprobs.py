@@ -33,15 +33,17 @@ def linear_logprobs(
     Forward and backward walk the vocabulary in tiles whose logits stay in the cache; the backward computes
     them a second time. Memory beyond the gradients stays below 64 MB at N = 4096, V = 151936. Rows whose
     incoming gradients are both 0 (clipped or masked tokens) are left out of the backward's matrix products
-    and get exact zeros. Gradients are summed in float32; only those that are required are computed, so a
-    frozen ``weight`` costs nothing. The products are in the dtype of ``hidden``: in bfloat16 a logit is
-    rounded as a bfloat16 ``lm_head`` rounds it. They are torch's own, and are as reproducible across thread
-    counts as those; everything else is bit for bit.
+    and get exact zeros; on CUDA, where only the device knows how many they are, the products are computed
+    with zeros in their place and are not shorter. Gradients are summed in float32; only those that are
+    required are computed, so a frozen ``weight`` costs nothing. The products are in the dtype of ``hidden``:
+    in bfloat16 a logit is rounded as a bfloat16 ``lm_head`` rounds it. They are torch's own, and are as
+    reproducible across thread counts as those; everything else is bit for bit.
 
     Args:
         hidden: (N, H) float32, bfloat16 or float16.
         weight: (V, H), dtype of ``hidden``; may be the tied embedding.
-        ids: (N,) int64, each in [0, V).
+        ids: (N,) int64, each in [0, V). On CUDA, where looking at them would wait for the device, one that
+            is not gives a logprob of NaN; nothing is read at it.
         bias: (V,), dtype of ``hidden``, or None.
         temperature: divides the final logits, above 0.
         softcap: bound of the logits, above 0 (Gemma 2: 30), or None.
@@ -54,7 +56,7 @@ def linear_logprobs(
 
     Raises:
         ValueError: a shape, dtype, device or number is not as above; the message names it, and for ``ids``
-            the first bad position.
+            on the CPU the first bad position.
     """
     return call(
         torch.ops.fastppo.linear_logprobs.default,

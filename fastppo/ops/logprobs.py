@@ -27,7 +27,8 @@ def logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> tuple[
     Args:
         logits: (..., V) float32, bfloat16 or float16. Any strides but the last, which must be 1. A logit of
             -inf is a token that cannot occur: it adds nothing to the entropy and gets a gradient of 0.
-        ids: (...) int64, each in [0, V).
+        ids: (...) int64, each in [0, V). On CUDA, where looking at them would wait for the device, one that
+            is not gives a logprob of NaN; nothing is read at it.
         temperature: divides the logits, above 0.
 
     Returns:
@@ -36,7 +37,7 @@ def logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> tuple[
 
     Raises:
         ValueError: a shape, dtype, device or number is not as above; the message names it, and for ``ids``
-            the first bad position.
+            on the CPU the first bad position.
     """
     return call(torch.ops.fastppo.logprobs.default, logits, ids, temperature)[:2]
 

@@ -14,9 +14,12 @@ numbers are right is for tests/ops to say; here they only have to be the same tw
 #include <vector>
 
 #include "cuda/adamw.cuh"
+#include "cuda/distribution_kl.cuh"
 #include "cuda/gae.cuh"
 #include "cuda/kl.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/linear_logprobs.cuh"
+#include "cuda/logprobs.cuh"
 #include "cuda/ppo_loss.cuh"
 #include "cuda/ppo_loss_from_logits.cuh"
 
@@ -215,11 +218,166 @@ Results ppo_loss_from_logits() {
   return results;
 }
 
+// Rows of logits: whole and in parts, aligned and not, and the numbers that go with each row.
+template <class T>
+struct LogitInputs {
+  int64_t rows, columns, offset;
+  std::vector<T> x, y;
+  std::vector<int64_t> id;
+  std::vector<float> number;
+  std::vector<char> room;
+  std::vector<unsigned> counters;
+
+  LogitInputs(int64_t rows, int64_t columns, int64_t offset)
+      : rows(rows),
+        columns(columns),
+        offset(offset),
+        x(rows * columns + offset),
+        y(rows * columns + offset),
+        id(rows),
+        number(rows),
+        room(1 << 12),
+        counters(rows) {
+    for (size_t i = 0; i < x.size(); ++i) {
+      x[i] = from_float<T>(5 * std::sin(static_cast<float>(i)));
+      y[i] = from_float<T>(5 * std::cos(static_cast<float>(i)));
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      id[i] = columns - 1 - i;
+      number[i] = 0.5f * static_cast<float>(i); // the first row is without gradient
+    }
+  }
+  LogitRows<T> logits(const std::vector<T>& from) const {
+    return {from.data() + offset, rows, columns, leading(columns)};
+  }
+  PerRow<int64_t> ids() const { return {id.data(), rows, leading(1)}; }
+  PerRow<float> numbers() const { return {number.data(), rows, leading(1)}; }
+  RowSplit split() const { return {rows, columns}; }
+  template <class Sums>
+  Span<Sums> parts() {
+    return {reinterpret_cast<Sums*>(room.data()), static_cast<int64_t>(room.size() / sizeof(Sums))};
+  }
+
+ private:
+  Leading leading(int64_t stride) const {
+    Leading out;
+    out.dims = 1;
+    out.sizes[0] = rows;
+    out.strides[0] = stride;
+    return out;
+  }
+};
+
+// In the results as floats, so that they are compared.
+template <class T>
+Span<T> add_as(Outputs& out) {
+  return {reinterpret_cast<T*>(out.add().data), out.size};
+}
+
+#if defined(FASTPPO_EMULATOR_THREADS)
+constexpr int64_t kLogitColumns = 2060; // two parts
+#else
+constexpr int64_t kLogitColumns = 9001;
+#endif
+
+template <class Body>
+Results for_logits(const Body& body) {
+  Results results;
+  const auto run = [&](auto type, int64_t rows, int64_t columns, int64_t offset) {
+    using T = typename decltype(type)::type;
+    LogitInputs<T> in(rows, columns, offset);
+    Outputs out(2 * rows * columns);
+    body(in, out);
+    results.insert(results.end(), out.held.begin(), out.held.end());
+  };
+  run(std::type_identity<float>(), 3, 19, 1);
+  run(std::type_identity<__nv_bfloat16>(), 2, kLogitColumns, 0);
+  run(std::type_identity<__nv_bfloat16>(), 1, kLogitColumns, 3);
+  return results;
+}
+
+Results logprobs() {
+  return for_logits([]<class T>(LogitInputs<T>& in, Outputs& out) {
+    const RowSplit split = in.split();
+    FASTPPO_LAUNCH(
+        logprobs_kernel<T>, split.blocks(), kRowThreads, 0, nullptr,
+        LogprobsArgs<T>{
+            in.logits(in.x), in.ids(), 1.3, 1.3f * static_cast<float>(kLog2E), split, in.template parts<SoftmaxSums>(),
+            in.counters.data(), out.add(), out.add(), out.add(), out.add()});
+    FASTPPO_LAUNCH(
+        logprobs_backward_kernel<T>, split.blocks(), kRowThreads, 0, nullptr,
+        LogprobsBackwardArgs<T>{
+            in.numbers(), PerRow<float>(), in.logits(in.x), in.ids(), in.numbers(), in.numbers(), in.numbers(), 1.3,
+            split, add_as<T>(out)});
+  });
+}
+
+Results distribution_kl() {
+  return for_logits([]<class T>(LogitInputs<T>& in, Outputs& out) {
+    const RowSplit split = in.split();
+    const Span<float> stats = out.add();
+    FASTPPO_LAUNCH(
+        distribution_kl_kernel<T>, split.blocks(), kRowThreads, 0, nullptr,
+        DistributionKlArgs<T>{
+            in.logits(in.x), in.logits(in.y), 1.3, 1.3f * static_cast<float>(kLog2E), split,
+            in.template parts<KlSums>(), in.counters.data(), out.add(), stats});
+    FASTPPO_LAUNCH(
+        distribution_kl_backward_kernel<T>, split.blocks(), kRowThreads, 0, nullptr,
+        DistributionKlBackwardArgs<T>{
+            in.numbers(), in.logits(in.x), in.logits(in.y), in.numbers(), Span<const float>{stats.data, stats.size},
+            1.3, split, add_as<T>(out), add_as<T>(out)});
+  });
+}
+
+// The second tile and the second block of rows of a larger whole.
+Results linear_logprobs() {
+  return for_logits([]<class T>(LogitInputs<T>& in, Outputs& out) {
+    const int64_t columns = in.columns, whole = 2 * in.columns;
+    const std::vector<T> bias(whole, from_float<T>(0.25f));
+    const HeadRows<T> head{{-0.5f, in.offset == 0 ? 0.0f : 30.0f}, {bias.data(), whole}};
+    const Span<T> products = add_as<T>(out);
+    std::copy(in.x.begin() + in.offset, in.x.end(), products.data);
+    const Tile<T> tile{products.part(0, in.rows * columns), in.rows, columns, 0, columns};
+    const RowGrads grads{in.numbers(), PerRow<float>()};
+    FASTPPO_LAUNCH(
+        fold_kernel<T>, in.rows, kRowThreads, 0, nullptr,
+        FoldArgs<T>{
+            tile, head, in.ids(), whole, 1.3, 1.3f * static_cast<float>(kLog2E), in.template parts<SoftmaxSums>(),
+            Span<float>{in.number.data(), in.rows}, out.add(), out.add(), out.add(), out.add()});
+    FASTPPO_LAUNCH(
+        tile_grad_kernel<T>, in.rows, kRowThreads, 0, nullptr,
+        TileGradArgs<T>{tile, head, grads, in.ids(), in.numbers(), in.numbers(), in.numbers(), 1.3});
+    std::vector<float> sum(whole, 0.5f);
+    for (const bool is_last : {false, true}) {
+      Tile<T> block = tile;
+      block.first_row = is_last ? in.rows : 0;
+      const Span<T> dbias = is_last ? Span<T>{add_as<T>(out).data, whole} : Span<T>();
+      FASTPPO_LAUNCH(
+          column_sums_kernel<T>, 2, kRowThreads, 0, nullptr, ColumnSumsArgs<T>{block, {sum.data(), whole}, dbias});
+    }
+    const Span<float> total = out.add();
+    const Span<const T> product{products.data, in.rows * columns};
+    FASTPPO_LAUNCH(
+        accumulate_kernel<T>, 2, kRowThreads, 0, nullptr,
+        AccumulateArgs<T>{product, total, {}, true, columns, 0, false, {}});
+    FASTPPO_LAUNCH(
+        accumulate_kernel<T>, 2, kRowThreads, 0, nullptr,
+        AccumulateArgs<T>{product, total, add_as<T>(out), false, columns, 0, true, grads});
+    FASTPPO_LAUNCH(
+        active_rows_kernel<T>, 2, kRowThreads, 0, nullptr, ActiveRowsArgs<T>{in.logits(in.x), grads, add_as<T>(out)});
+  });
+}
+
 // The suite asks for each of these; a concept with kernels that is not here is an error (test_sanitize.py).
 const std::map<std::string, std::function<Results()>> concepts = {
-    {"adamw", adamw}, {"gae", gae}, {"kl", kl}, {"ppo_loss", ppo_loss}, {"ppo_loss_from_logits", [] {
-                                                                           return ppo_loss_from_logits();
-                                                                         }}};
+    {"adamw", adamw},
+    {"distribution_kl", distribution_kl},
+    {"gae", gae},
+    {"kl", kl},
+    {"linear_logprobs", linear_logprobs},
+    {"logprobs", logprobs},
+    {"ppo_loss", ppo_loss},
+    {"ppo_loss_from_logits", [] { return ppo_loss_from_logits(); }}};
 
 } // namespace
 } // namespace fastppo::cuda

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # Concepts whose CUDA kernels are still to be written: their tests run on the CPU alone. This list shrinks to nothing.
-WITHOUT_CUDA_KERNELS = ["distribution_kl", "linear_logprobs", "logprobs", "ppo_loss_from_logits", "sample"]
+WITHOUT_CUDA_KERNELS = ["sample"]
 # Tests of the backends themselves choose their own.
 ABOUT_THE_BACKENDS = ["library", "emulated"]
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends import seeded
 from torch import Tensor
 
 from fastppo import ops, reference
@@ -15,7 +16,7 @@ TEMPERATURE = 1.3
 
 
 def example(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(sum(shape))
+    generator = seeded(sum(shape))
     logits = torch.randn(*shape, generator=generator) * 3
     return logits.to(dtype), (logits + torch.randn(*shape, generator=generator)).to(dtype)
 
@@ -62,7 +63,7 @@ def test_the_start_of_a_row_may_be_far_from_the_rest(first: float, which: int) -
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_match_float64_and_are_no_worse_than_torch(dtype: torch.dtype) -> None:
     logits, ref_logits = example(3, 2, 4099, dtype=dtype)
-    weights = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(3, 2, generator=seeded(1))
     actual = gradients(ops.distribution_kl, logits, ref_logits, weights)
     expected = gradients(reference.distribution_kl, logits.double(), ref_logits.double(), weights.double())
     torch_own = gradients(reference.distribution_kl, logits, ref_logits, weights)
@@ -128,6 +129,48 @@ def test_rows_of_any_stride_and_none_at_all() -> None:
     empty = torch.empty(0, 7, requires_grad=True)
     ops.distribution_kl(empty, empty.detach()).sum().backward()
     assert empty.grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(520, 100), (515, 4500), (511, 2100), (2, 9001)])
+def test_rows_that_a_block_has_alone_and_rows_in_parts(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """On CUDA 512 rows or more have a block each, fewer are cut into parts; 4500 is more than a block's step."""
+    logits, ref_logits = example(*shape, dtype=dtype)
+    logits[0, :99] = -math.inf
+    weights = torch.randn(shape[0], generator=seeded(5))
+    weights[1] = 0
+    expected = reference.distribution_kl(logits.double(), ref_logits.double(), temperature=TEMPERATURE)
+    assert_close(ops.distribution_kl(logits, ref_logits, temperature=TEMPERATURE), expected, atol=3e-6)
+    actual = gradients(ops.distribution_kl, logits, ref_logits, weights)
+    exact = gradients(reference.distribution_kl, logits.double(), ref_logits.double(), weights.double())
+    for ours, theirs in zip(actual, exact, strict=True):
+        assert_close(ours, theirs, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_do_not_depend_on_where_a_row_begins(dtype: torch.dtype) -> None:
+    room, ref_room = example(3, 2070, dtype=dtype)
+    for offset, other in [(1, 1), (2, 0), (3, 7)]:
+        views = room[:, offset : offset + 2049], ref_room[:, other : other + 2049]
+        aligned = [torch.zeros(3, 2064, dtype=dtype)[:, :2049].copy_(view) for view in views]
+        op = torch.ops.fastppo
+        saved = op.distribution_kl(*views, TEMPERATURE)
+        assert all(map(torch.equal, op.distribution_kl(*aligned, TEMPERATURE), saved))
+        got, expected = (
+            op.distribution_kl_backward(torch.ones(3), *x, *saved, TEMPERATURE, True, True)
+            for x in (views, aligned)
+        )
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("first", [-200.0, -15.0, 15.0, 200.0])
+def test_the_start_of_either_row_may_be_far_from_the_rest(first: float) -> None:
+    logits, ref_logits = example(4, 8192 + 300)
+    logits[:2, :128] = first
+    ref_logits[1:3, :128] = first
+    expected = reference.distribution_kl(logits.double(), ref_logits.double(), temperature=TEMPERATURE)
+    actual = ops.distribution_kl(logits, ref_logits, temperature=TEMPERATURE)
+    assert_close(actual, expected, atol=5e-6, rtol=1e-6)
 
 
 def test_the_same_bits_on_every_run_and_thread_count() -> None:

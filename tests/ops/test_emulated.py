@@ -55,6 +55,30 @@ def adamw_step_(count):
         *state[:2], x, *state[2:], lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, step=1
     )
     return state
+def of_logits(op, *shape, dtype=torch.float32):
+    """Run an op of logits and ids, or of two tensors of logits, forward and backward."""
+    generator = seeded(1)
+    x, y = ((torch.randn(*shape, generator=generator) * 3).to(dtype).requires_grad_() for _ in range(2))
+    if op is ops.logprobs:
+        results = op(x, torch.arange(shape[0]) * 7, temperature=0.7)
+    else:
+        results = (op(x, y, temperature=0.7),)
+    weights = torch.arange(float(shape[0]))  # the first row is without gradient
+    sum((r * weights).sum() for r in results).backward()
+    return *results, x.grad, *([] if y.grad is None else [y.grad])
+
+
+def of_head(rows, width, vocabulary, dtype=torch.float32):
+    """Run linear_logprobs with a bias and a cap, forward and backward."""
+    generator = seeded(3)
+    leaves = [
+        torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((rows, width), (vocabulary, width), (vocabulary,))
+    ]
+    ids, weights = torch.arange(rows) % vocabulary, torch.arange(float(rows))
+    results = ops.linear_logprobs(leaves[0], leaves[1], ids, bias=leaves[2], softcap=5.0)
+    sum((r * weights).sum() for r in results).backward()
+    return *results, *[leaf.grad for leaf in leaves]
 
 
 # Every kernel, in shapes that take each of its launches: one block and several, rows longer than a warp's step.
@@ -71,9 +95,21 @@ CALLS = {
     "ppo_loss_from_logits": lambda: from_logits(8, 4099, torch.bfloat16),
     "scale_": scale_,
     "adamw_step_": lambda: adamw_step_(5003),
+    "logprobs, whole rows": lambda: of_logits(ops.logprobs, 520, 100, dtype=torch.bfloat16),
+    "logprobs, rows in parts": lambda: of_logits(ops.logprobs, 3, 9001),
+    "logprobs_backward": lambda: of_logits(ops.logprobs, 2, 5000, dtype=torch.bfloat16),
+    "distribution_kl, whole rows": lambda: of_logits(ops.distribution_kl, 520, 100, dtype=torch.bfloat16),
+    "distribution_kl, rows in parts": lambda: of_logits(ops.distribution_kl, 3, 9001),
+    "distribution_kl_backward": lambda: of_logits(ops.distribution_kl, 2, 5000, dtype=torch.bfloat16),
+    "linear_logprobs, several tiles": lambda: of_head(3, 8, 20001),
+    "linear_logprobs, several blocks of rows": lambda: of_head(8200, 4, 30, torch.bfloat16),
+    "linear_logprobs_backward": lambda: of_head(5, 8, 301),
     "kl_penalty": lambda: ops.kl_penalty(LARGE[1], LARGE[2], estimator="k3"),
     "kl_penalty_backward": lambda: torch.ops.fastppo.kl_penalty_backward(*LARGE[1:4], "k2"),
 }
+
+
+ROW_THREADS = 256  # csrc/cuda/softmax.cuh
 
 
 def flat(results):
@@ -126,6 +162,14 @@ def test_every_emulated_op_is_in_the_list_above():
         ("ppo_loss_from_logits", 3 + 1),  # the tokens counted, rows, tokens; the backward looks at its factor
         ("scale_", 1),
         ("adamw_step_", 1),
+        ("logprobs, whole rows", 2),  # forward and backward
+        ("logprobs, rows in parts", 2),
+        ("distribution_kl, whole rows", 2),
+        ("distribution_kl, rows in parts", 2),
+        (
+            "linear_logprobs_backward",
+            1 + 1 + 3,
+        ),  # fold; active rows; gradient of the tile, of hidden, of bias
         ("kl_penalty", 1),
         ("kl_penalty_backward", 1),
     ],
@@ -172,6 +216,42 @@ def test_the_loss_from_logits_reads_and_writes_each_row_once():
             row_bytes = 8 * 4096 * 4
             assert row_bytes * reads <= counts.bytes_loaded < row_bytes * reads + 2000
             assert row_bytes <= counts.bytes_stored < row_bytes + 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 520])  # in parts and whole
+def test_logits_are_read_once_and_gradients_written_once(rows, dtype):
+    vocabulary, width = 2056, dtype.itemsize
+    logits = torch.randn(rows, vocabulary, generator=seeded(2)).to(dtype)
+    ref_logits, ids = logits.flip(0), torch.zeros(rows, dtype=torch.int64)
+    weights = torch.ones(rows)
+    weights[::2] = 0
+    active = int(weights.sum())
+    parts = rows * 2 if rows < 512 else 0
+    with backends.emulated() as machine:
+        machine.counts()
+        op = torch.ops.fastppo
+        _, *saved = op.logprobs(logits, ids, 1.0)
+        # The picked logit, then a part's 24 bytes of sums, and what a row gives back.
+        assert machine.counts()[1:] == (
+            rows * (vocabulary + 1) * width + parts * 24,
+            rows * 4 * 4 + parts * 24,
+        )
+        op.logprobs_backward(weights, None, logits, ids, *saved, 1.0)
+        assert machine.counts()[1:] == (
+            active * (vocabulary + 1) * width,
+            rows * vocabulary * width + active * width,
+        )
+        kl, stats = op.distribution_kl(logits, ref_logits, 1.0)
+        assert machine.counts()[1:] == (
+            rows * 2 * vocabulary * width + parts * 40,
+            rows * 5 * 4 + parts * 40,
+        )
+        op.distribution_kl_backward(weights, logits, ref_logits, kl, stats, 1.0, True, True)
+        loaded, stored = machine.counts()[1:]
+        assert stored == rows * 2 * vocabulary * width
+        statistics = active * ROW_THREADS * 4 * 4 * (2 if parts else 1)  # every thread reads the row's
+        assert loaded == active * 2 * vocabulary * width + statistics
 
 
 def test_the_cpu_kernels_are_back_afterwards():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends import seeded
 from torch import Tensor
 
 from fastppo import ops, reference
@@ -17,7 +18,7 @@ TEMPERATURE = 0.7
 
 
 def example(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(sum(shape))
+    generator = seeded(sum(shape))
     logits = (torch.randn(*shape, generator=generator) * scale).to(dtype)
     return logits, torch.randint(shape[-1], shape[:-1], generator=generator)
 
@@ -97,7 +98,7 @@ def test_a_shift_of_all_logits_costs_no_accuracy(shift: float) -> None:
 @pytest.mark.parametrize("vocabulary", [1, 33, 4099, 50257])
 def test_gradient_matches_float64_and_is_no_worse_than_torch(vocabulary: int, dtype: torch.dtype) -> None:
     logits, ids = example(5, vocabulary, dtype=dtype)
-    weights = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(2, 5, generator=seeded(1))
     actual = gradient(ops.logprobs, logits, ids, weights)
     expected = gradient(reference.logprobs, logits.double(), ids, weights.double())
     torch_error = (gradient(reference.logprobs, logits, ids, weights).double() - expected).abs().max().item()
@@ -249,10 +250,72 @@ def test_differentiable_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2, 3], [4, 11, 0]], "logprobs: ids[1, 1] must be in [0, 11), got 11"),
+        ([[1, -1, 3], [4, 11, 0]], "logprobs: ids[0, 1] must be in [0, 11), got -1"),
+        ([[1, 2**40, 3], [4, 5, 0]], "logprobs: ids[0, 1] must be in [0, 11), got 1099511627776"),
+    ],
+)
+def test_ids_out_of_range(ids: list, message: str, backend: str) -> None:
+    logits, chosen = torch.zeros(2, 3, 11), torch.tensor(ids)
+    if backend == "cpu":
+        with pytest.raises(ValueError) as error:
+            ops.logprobs(logits, chosen)
+        assert str(error.value) == message
+        return
+    # The host cannot look without waiting for the device: the device says so in the result, and reads nothing.
+    outside = (chosen < 0) | (chosen >= 11)
+    leaf = logits.requires_grad_()
+    picked, entropy = ops.logprobs(leaf, chosen)
+    (picked[~outside].sum() + entropy[outside].sum()).backward()
+    assert torch.equal(picked.isnan(), outside) and not entropy.isnan().any()
+    assert not leaf.grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(520, 100), (515, 8500), (511, 2100), (2, 20001)])
+def test_rows_that_a_block_has_alone_and_rows_in_parts(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """On CUDA 512 rows or more have a block each, fewer are cut into parts; 8500 is more than a block's step."""
+    logits, ids = example(*shape, dtype=dtype)
+    logits[3 % shape[0], :99] = -math.inf
+    weights = torch.randn(2, shape[0], generator=seeded(5))
+    weights[:, 1] = 0
+    picked, entropy = ops.logprobs(logits, ids, temperature=TEMPERATURE)
+    expected, expected_entropy = oracle(logits, ids)
+    assert_close(picked, expected, atol=5e-6)
+    assert_close(entropy, expected_entropy, atol=1e-5)
+    actual = gradient(ops.logprobs, logits, ids, weights)
+    exact = gradient(reference.logprobs, logits.double(), ids, weights.double())
+    assert_close(actual, exact, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 7, 2049, 9001])
+def test_the_bits_do_not_depend_on_where_a_row_begins(vocabulary: int, dtype: torch.dtype) -> None:
+    room, _ = example(3, vocabulary + 20, dtype=dtype)
+    ids, weights = torch.zeros(3, dtype=torch.int64), torch.randn(2, 3, generator=seeded(6))
+    aligned = torch.empty(3, vocabulary // 16 * 16 + 32, dtype=dtype)[:, :vocabulary]
+    for offset in range(1, 9):
+        view = room[:, offset : offset + vocabulary]
+        aligned.copy_(view)
+        for got, expected in zip(
+            ops.logprobs(view, ids, temperature=TEMPERATURE),
+            ops.logprobs(aligned, ids, temperature=TEMPERATURE),
+            strict=True,
+        ):
+            assert torch.equal(got, expected)
+        saved = torch.ops.fastppo.logprobs.default(view, ids, TEMPERATURE)[1:]
+        got, expected = (
+            torch.ops.fastppo.logprobs_backward.default(*weights, x, ids, *saved, TEMPERATURE)
+            for x in (view, aligned)
+        )
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": torch.tensor([[1, 2, 3], [4, 11, 0]])}, "logprobs: ids[1, 1] must be in [0, 11), got 11"),
-        ({"ids": torch.tensor([[1, -1, 3], [4, 11, 0]])}, "logprobs: ids[0, 1] must be in [0, 11), got -1"),
         (
             {"ids": torch.zeros(2, 4, dtype=torch.int64)},
             "logprobs: ids must have shape (2, 3) like logits without its last dimension, got (2, 4)",
