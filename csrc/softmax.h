@@ -58,6 +58,20 @@ struct SoftmaxSums {
   }
 };
 
+constexpr double kLog2E = 1.4426950408889634;
+
+/*
+Sums in base 2, t = (logits - reference) scale and weights 2^t, in nats. `scale` is log2(e) / temperature rounded to
+float32, by up to 6e-8 of it, which made the weights those of a temperature a little off. To first order that is put
+back: a factor on both sums, with the mean of t in it. What stays of it in the entropy is 6e-8 of the variance of z.
+*/
+FASTPPO_HD SoftmaxSums
+sums_in_nats(double reference, double sum, double weighted, double inv_temperature, float scale) {
+  const double unit = inv_temperature / scale;
+  const double correction = sum == 0 ? 1 : 1 + weighted / sum * (unit - 1 / kLog2E);
+  return {reference, sum * correction, weighted * unit * correction};
+}
+
 /*
 The gradient of one row's log-probability and entropy, with log p = z - log(sum):
   dlogits[i] = p[i] * (constant + slope * log p[i]) + (grad_logprob / temperature at the picked id)

@@ -5,7 +5,7 @@ Warp and block reductions in a fixed order, so that the bits never depend on whi
   warp_reduce(x, merge)                 any type; merge(lower lanes, higher lanes), result in every lane
   block_reduce<Threads>(x, merge, none) any type; result in every thread. All threads of the block must come.
   shuffle(x, lane), shuffle_down(x, n)  any type whose size is a multiple of 4
-  is_last_block(counter)                for reductions over blocks in one launch
+  is_last_block(counter, blocks)        for reductions over blocks in one launch
 
 A reduction over blocks has two sound forms: a second launch (used by gae), or every block writes its part, the last to
 arrive adds all parts up in order of block. Floating-point atomics are neither.
@@ -91,14 +91,14 @@ __device__ __forceinline__ T block_reduce(T x, const Merge& merge, const T& none
   return x;
 }
 
-// True in all threads of one block: the last of the launch to get here. It sees what every block wrote before. The
-// counter starts at 0 and is 0 again afterwards. For one-dimensional grids.
-__device__ __forceinline__ bool is_last_block(unsigned* counter) {
+// True in all threads of one block: the last of `blocks`, by default of the launch, to get here with this counter. It
+// sees what those wrote before. The counter starts at 0 and is 0 again afterwards. For one-dimensional grids.
+__device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks) {
   FASTPPO_SHARED(int, last, 1);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last[0] = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+    last[0] = atomicInc(counter, blocks - 1) == blocks - 1;
   }
   __syncthreads();
   const bool mine = last[0] != 0;
@@ -106,5 +106,7 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter) {
   __syncthreads();
   return mine;
 }
+
+__device__ __forceinline__ bool is_last_block(unsigned* counter) { return is_last_block(counter, gridDim.x); }
 
 } // namespace fastppo::cuda

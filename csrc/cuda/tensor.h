@@ -3,6 +3,9 @@ From torch::stable::Tensor to what kernels take, and what a launcher needs aroun
 
   const OnDevice on(tensor);            makes its device the current one for the scope; on.stream is torch's current
 stream HeldRows, HeldMask                    a tensor as Rows or MaskRows, held (it may be a copy) for the scope
+  HeldLogits<T>, HeldPerRow<T>          rows of logits, one number per row: for cuda/softmax.cuh
+  with_element(dtype, body)             body(std::type_identity<T>()) for the T of a dtype
+  counters_at_zero(tensor, n, on)       for is_last_block
   floats(tensor)                        a contiguous float32 tensor as a Span
   FASTPPO_CUDA_IMPL(m) { m.impl(...) }  registers for CUDA tensors; in the emulated library, for its CPU tensors
 
@@ -13,6 +16,7 @@ A tensor that a kernel still reads after its holder is gone stays safe: torch's 
 #include "check.h"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/softmax.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -121,8 +125,130 @@ struct HeldMask : MaskRows {
   }
 };
 
-inline Tensor empty_float(const Tensor& like) {
-  return torch::stable::new_empty(like, like.sizes(), std::make_optional(ScalarType::Float));
+// --- rows of logits: cuda/softmax.cuh
+// ----------------------------------------------------------------------------------
+
+// The first `count` dimensions; nothing where they are too scattered to be described.
+inline std::optional<Leading> leading(const Tensor& x, int64_t count) {
+  Leading out;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t size = x.size(i), stride = x.stride(i);
+    if (size == 1) {
+      continue;
+    }
+    if (out.dims > 0 && out.strides[out.dims - 1] == size * stride) { // one walk with the dimension before
+      out.sizes[out.dims - 1] *= size;
+      out.strides[out.dims - 1] = stride;
+    } else if (out.dims == kMostLeading) {
+      return std::nullopt;
+    } else {
+      out.sizes[out.dims] = size;
+      out.strides[out.dims++] = stride;
+    }
+  }
+  return out;
+}
+
+// A tensor and its leading dimensions: x itself, or a contiguous copy where those are too scattered.
+struct HeldLeading {
+  Tensor held;
+  Leading places;
+
+  HeldLeading(const Tensor& x, int64_t count) : held(x) {
+    std::optional<Leading> found = leading(x, count);
+    if (!found) {
+      held = torch::stable::contiguous(x);
+      found = leading(held, count);
+    }
+    places = *found;
+  }
+};
+
+template <class T>
+struct HeldLogits : HeldLeading, LogitRows<T> {
+  explicit HeldLogits(const Tensor& x) : HeldLeading(x, x.dim() - 1), LogitRows<T>() {
+    this->vocabulary = x.size(x.dim() - 1);
+    this->rows = x.numel() / this->vocabulary;
+    this->data = static_cast<const T*>(held.const_data_ptr());
+    this->leading = places;
+  }
+};
+
+template <class T>
+struct HeldPerRow : PerRow<T> {
+  explicit HeldPerRow(const OptionalTensor& x) {
+    if (x) {
+      held_.emplace(*x, x->dim());
+      this->data = static_cast<const T*>(held_->held.const_data_ptr());
+      this->rows = x->numel();
+      this->leading = held_->places;
+    }
+  }
+
+ private:
+  std::optional<HeldLeading> held_;
+};
+
+template <class Body>
+void with_element(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return body(std::type_identity<__nv_bfloat16>());
+    case ScalarType::Half:
+      return body(std::type_identity<__half>());
+    default:
+      return body(std::type_identity<float>());
+  }
+}
+
+// Memory for n objects of T, which torch knows as bytes.
+template <class T>
+Tensor scratch(const Tensor& like, int64_t n) {
+  const int64_t bytes[] = {n * static_cast<int64_t>(sizeof(T))};
+  return torch::stable::new_empty(like, Sizes(bytes, 1), std::make_optional(ScalarType::Byte));
+}
+
+template <class T>
+Span<T> span_of(const Tensor& scratch) {
+  return {static_cast<T*>(scratch.mutable_data_ptr()), scratch.numel() / static_cast<int64_t>(sizeof(T))};
+}
+
+inline Tensor counters_at_zero(const Tensor& like, int64_t n, const OnDevice& on) {
+  const Tensor counters = scratch<unsigned>(like, n);
+#if defined(FASTPPO_EMULATED)
+  std::memset(counters.mutable_data_ptr(), 0, n * sizeof(unsigned));
+#else
+  check_cuda(cudaMemsetAsync(counters.mutable_data_ptr(), 0, n * sizeof(unsigned), on.stream), "cudaMemsetAsync");
+#endif
+  return counters;
+}
+
+// Where the parts of split rows meet: merge_parts(). Nothing where no row is split.
+template <class Sums>
+struct HeldParts {
+  std::optional<Tensor> held, held_counters;
+  Span<Sums> parts;
+  unsigned* counters = nullptr;
+
+  HeldParts(const Tensor& like, const RowSplit& split, const OnDevice& on) {
+    if (split.parts > 1) {
+      held = scratch<Sums>(like, split.rows * split.parts);
+      held_counters = counters_at_zero(like, split.rows, on);
+      parts = span_of<Sums>(*held);
+      counters = span_of<unsigned>(*held_counters).data;
+    }
+  }
+};
+
+inline Tensor empty_float(const Tensor& like, Sizes sizes) {
+  return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
+}
+
+inline Tensor empty_float(const Tensor& like) { return empty_float(like, like.sizes()); }
+
+template <class T>
+Span<T> elements(const Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr()), x.numel()};
 }
 
 inline Span<float> floats(const Tensor& x) { return {static_cast<float*>(x.mutable_data_ptr()), x.numel()}; }

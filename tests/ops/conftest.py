@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # Concepts whose CUDA kernels are still to be written: their tests run on the CPU alone. This list shrinks to nothing.
-WITHOUT_CUDA_KERNELS = ["adamw", "distribution_kl", "linear_logprobs", "logprobs", "ppo_loss", "sample"]
+WITHOUT_CUDA_KERNELS = ["adamw", "distribution_kl", "linear_logprobs", "logprobs", "ppo_loss"]
 # Tests of the backends themselves choose their own.
 ABOUT_THE_BACKENDS = ["library", "emulated"]
 

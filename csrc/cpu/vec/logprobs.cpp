@@ -47,14 +47,9 @@ struct Base2Sums {
     sum_high = factors * sum_high;
   }
 
-  // In natural units. `scale` is log2(e) / temperature rounded to float32, by up to 6e-8 of it, which made the weights
-  // those of a temperature a little off. To first order that is put back: a factor on both sums, with the mean of t in
-  // it. What stays of it in the entropy is 6e-8 of the variance of z.
   SoftmaxSums natural(double reference, double inv_temperature, float scale) const {
     const double sum = sum_lanes(sum_low + sum_high), weighted = sum_lanes(weighted_low + weighted_high);
-    const double unit = inv_temperature / scale;
-    const double correction = sum == 0 ? 1 : 1 + weighted / sum * (unit - 1 / kLog2E);
-    return {reference, sum * correction, weighted * unit * correction};
+    return sums_in_nats(reference, sum, weighted, inv_temperature, scale);
   }
 };
 

@@ -7,6 +7,7 @@ A step is two registers of floats: one load of a 16-bit type, two of float32. Th
 #pragma once
 
 #include "cpu/vec/vec.h"
+#include "csrc/softmax.h"
 
 #include <bit>
 #include <limits>
@@ -261,8 +262,6 @@ Vec weight_of(const Vec& t) {
 
 // Where 2^t is 0, -inf too, but finite: t 2^t is 0 as well, without a branch.
 inline Vec at_least_lowest(const Vec& t) { return at::vec::clamp_min(t, Vec(kLowest)); }
-
-constexpr double kLog2E = 1.4426950408889634;
 
 /*
 (x - reference) scale. With a fused multiply-add it is one instruction, exact but for its own rounding; the reference is
