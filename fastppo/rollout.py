@@ -83,8 +83,8 @@ def rollout(
         Rollout of len(prompts) * num_generations episodes.
 
     Raises:
-        ValueError: a prompt is empty, or with the longest response exceeds the model's context; no prompts.
-        RuntimeError: the policy's logits hold NaN or are all -inf.
+        ValueError: a prompt is empty, or with the longest response exceeds the model's context; no prompts; the
+            policy's logits hold NaN or +inf, or are -inf everywhere.
     """
     _check_prompts(policy, prompts, sampling)
     device = next(policy.parameters()).device
@@ -223,7 +223,9 @@ def _generate_group(
             seed=seed,
             counters=(first_episode + rows) * _DRAWS_PER_EPISODE + t,
         )
-        ids = draw.token_ids
+        # On CUDA an id of -1, with a log-prob of NaN, says that a row's logits are no distribution. The host hears of
+        # it when it next waits for the device; until then the model needs an id.
+        ids = draw.token_ids.clamp_min(0)
         response_ids[rows, t] = ids
         draws.logprobs[rows, t] = draw.logprobs
         draws.sampling_logprobs[rows, t] = draw.sampling_logprobs
@@ -242,6 +244,7 @@ def _generate_group(
         if t + 1 == sampling.max_new_tokens:
             break
         if (t + 1) % check_every == 0:
+            _check_drawn(draws.logprobs, rows, t + 1 - check_every, t + 1, first_episode)
             left = int((~done).sum())
             if left == 0:
                 break
@@ -255,6 +258,18 @@ def _generate_group(
             attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
         logits = forward(ids[:, None], next_positions)
         next_positions = next_positions + 1
+    _check_drawn(draws.logprobs, episodes, 0, sampling.max_new_tokens, first_episode)
+
+
+def _check_drawn(logprobs: Tensor, rows: Tensor, begin: int, end: int, first_episode: int) -> None:
+    """Raise where `ops.sample` had no distribution to draw from and could not raise itself. Waits for the device."""
+    bad = logprobs[rows, begin:end].isnan().nonzero().tolist()
+    if bad:
+        row, position = bad[0]
+        raise ValueError(
+            f"sample: the logits of episode {first_episode + int(rows[row])} at response position {begin + position} "
+            "hold NaN or +inf, or are -inf everywhere"
+        )
 
 
 def _check_prompts(policy: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import backends
 import pytest
 import tiny
 import torch
@@ -173,3 +174,12 @@ def test_a_policy_that_gives_nan_is_an_error() -> None:
         policy.lm_head.weight.fill_(torch.nan)
     with pytest.raises((RuntimeError, ValueError), match="sample"):
         generate(policy, GREEDY)
+
+
+def test_a_policy_that_gives_nan_where_the_host_cannot_be_told_at_once() -> None:
+    policy = tiny.policy()
+    with torch.no_grad():
+        policy.lm_head.weight.fill_(torch.nan)
+    message = "sample: the logits of episode 7 at response position 0 hold NaN"
+    with backends.emulated(), pytest.raises(ValueError, match=message):
+        generate(policy, GREEDY, PROMPTS[:1], first_episode=7)

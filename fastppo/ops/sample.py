@@ -49,8 +49,9 @@ def sample(
         distribution. No gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or number is not as above, or a row holds NaN or +inf or is -inf
-            everywhere; the message names it.
+        ValueError: a shape, dtype, device or number is not as above; the message names it. On the CPU also: a row
+            holds NaN or +inf or is -inf everywhere. On CUDA, where asking would make the host wait for the device,
+            such a row gets the token id -1 and NaN in the other results: look for it where you read ids anyway.
     """
     return Sample(
         *torch.ops.fastppo.sample.default(logits.detach(), temperature, top_k, top_p, min_p, seed, counters)

@@ -22,6 +22,7 @@ numbers are right is for tests/ops to say; here they only have to be the same tw
 #include "cuda/logprobs.cuh"
 #include "cuda/ppo_loss.cuh"
 #include "cuda/ppo_loss_from_logits.cuh"
+#include "cuda/sample.cuh"
 
 namespace fastppo::cuda {
 namespace {
@@ -368,6 +369,58 @@ Results linear_logprobs() {
   });
 }
 
+// One block of two warps for a row, and two blocks of one; with and without truncation, maxima in either memory.
+Results sample() {
+  constexpr int64_t kRows = 3, kVocabulary = 300;
+  const Inputs in(kRows, kVocabulary);
+  Leading leading;
+  leading.dims = 1;
+  leading.sizes[0] = kRows;
+  leading.strides[0] = kVocabulary;
+  const std::vector<int64_t> counters{7, 8, 9};
+  Leading of_counters = leading;
+  of_counters.strides[0] = 1;
+  Outputs out(kRows);
+  for (const int splits : {1, 2}) {
+    SampleSplit split(kRows, kVocabulary);
+    split.warps = 3 - splits;
+    split.splits = splits;
+    split.tiles = 2;
+    split.tile = 256;
+    split.batches = 1;
+    std::vector<TileSums> tiles(kRows * split.tiles);
+    std::vector<unsigned> arrived(kRows, 0);
+    std::vector<float> maxima(kRows * split.maxima());
+    std::vector<int64_t> ids(kRows);
+    for (const bool truncates : {false, true}) {
+      const SampleArgs<float> args{
+          {in.x.data(), kRows, kVocabulary, leading},
+          {counters.data(), kRows, of_counters},
+          split,
+          1.25,
+          base_2_scale(1.25),
+          truncates ? 50 : 0,
+          truncates ? 0.9 : 1.0,
+          truncates ? 0.1f : 0.0f,
+          0x1p44f,
+          11,
+          {ids.data(), kRows},
+          out.add(),
+          out.add(),
+          out.add(),
+          {tiles.data(), static_cast<int64_t>(tiles.size())},
+          arrived.data(),
+          splits == 1 ? Span<float>() : Span<float>{maxima.data(), static_cast<int64_t>(maxima.size())}};
+      const int64_t bytes = truncates ? kHistogramBytes + split.maxima() * static_cast<int64_t>(sizeof(float)) : 0;
+      const auto kernel = truncates ? sample_kernel<float, true> : sample_kernel<float, false>;
+      FASTPPO_LAUNCH(
+          kernel, static_cast<unsigned>(kRows * splits), static_cast<unsigned>(32 * split.warps), bytes, nullptr, args);
+      out.held.emplace_back(ids.begin(), ids.end());
+    }
+  }
+  return out.held;
+}
+
 // The suite asks for each of these; a concept with kernels that is not here is an error (test_sanitize.py).
 const std::map<std::string, std::function<Results()>> concepts = {
     {"adamw", adamw},
@@ -377,7 +430,8 @@ const std::map<std::string, std::function<Results()>> concepts = {
     {"linear_logprobs", linear_logprobs},
     {"logprobs", logprobs},
     {"ppo_loss", ppo_loss},
-    {"ppo_loss_from_logits", [] { return ppo_loss_from_logits(); }}};
+    {"ppo_loss_from_logits", [] { return ppo_loss_from_logits(); }},
+    {"sample", sample}};
 
 } // namespace
 } // namespace fastppo::cuda

@@ -8,8 +8,6 @@ import backends
 import pytest
 import torch
 
-# Concepts whose CUDA kernels are still to be written: their tests run on the CPU alone. This list shrinks to nothing.
-WITHOUT_CUDA_KERNELS = ["sample"]
 # Tests of the backends themselves choose their own.
 ABOUT_THE_BACKENDS = ["library", "emulated"]
 
@@ -18,9 +16,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     concept = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
     if concept in ABOUT_THE_BACKENDS:
         return
-    names = ["cpu"]
-    if concept not in WITHOUT_CUDA_KERNELS:
-        names += ["emulated"] + (["cuda"] if torch.cuda.is_available() else [])
+    names = ["cpu", "emulated"] + (["cuda"] if torch.cuda.is_available() else [])
     metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -8,6 +8,7 @@ import torch
 from backends import ORDERS, seeded
 
 from fastppo import ops, reference
+from fastppo.reference.sample import keep_mask, philox_uniform
 
 
 def inputs(rows, columns, dtype=torch.float32):
@@ -108,6 +109,24 @@ CALLS = {
     "kl_penalty_backward": lambda: torch.ops.fastppo.kl_penalty_backward(*LARGE[1:4], "k2"),
 }
 
+# One block per row, and rows that are shared by two blocks; truncated in every way.
+ROWS = (3 * torch.randn(5, 700, generator=seeded(0))).bfloat16()
+LONG_ROWS = 3 * torch.randn(2, 33_001, generator=seeded(0))
+TRUNCATED = {"top_k": 90, "top_p": 0.9, "min_p": 0.01}
+
+
+def sample(logits, **settings):
+    return ops.sample(logits, seed=3, counters=torch.arange(len(logits)), **settings)
+
+
+CALLS |= {
+    "sample": lambda: sample(ROWS),
+    "sample, rows in parts": lambda: sample(LONG_ROWS),
+    "sample, truncated": lambda: sample(ROWS, **TRUNCATED),
+    "sample, truncated rows in parts": lambda: sample(LONG_ROWS, **TRUNCATED),
+    "sample, top_p alone": lambda: sample(LONG_ROWS, top_p=0.99),
+}
+
 
 ROW_THREADS = 256  # csrc/cuda/softmax.cuh
 
@@ -172,6 +191,9 @@ def test_every_emulated_op_is_in_the_list_above():
         ),  # fold; active rows; gradient of the tile, of hidden, of bias
         ("kl_penalty", 1),
         ("kl_penalty_backward", 1),
+        ("sample", 1),
+        ("sample, rows in parts", 1),
+        ("sample, truncated rows in parts", 1),
     ],
 )
 def test_launches_per_call(name, launches):
@@ -252,6 +274,65 @@ def test_logits_are_read_once_and_gradients_written_once(rows, dtype):
         assert stored == rows * 2 * vocabulary * width
         statistics = active * ROW_THREADS * 4 * 4 * (2 if parts else 1)  # every thread reads the row's
         assert loaded == active * 2 * vocabulary * width + statistics
+
+
+def test_sample_reads_the_logits_once_and_one_tile_again():
+    with backends.emulated() as machine:
+        for logits, tile in [(ROWS, 768), (LONG_ROWS, 1280)]:
+            machine.counts()
+            sample(logits)
+            rows, size = len(logits), logits.element_size()
+            loaded = machine.counts().bytes_loaded
+            # Beside the logits: the drawn one's, a counter and where rows are split 24 bytes per tile.
+            assert 0 <= loaded - logits.numel() * size <= rows * (tile * size + 8 + 4 + 32 * 24)
+
+
+DRAWN = [
+    {},
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_p": 0.7},
+    {"min_p": 0.02},
+    {"top_k": 60, "top_p": 0.9},
+    {"top_k": 60, "min_p": 0.05},
+    {"top_p": 0.95, "min_p": 0.01},
+    {"top_k": 80, "top_p": 0.9, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize("backend", ["emulated"] + ["cuda"] * torch.cuda.is_available())
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "scale"), [(400, 997, 3.0), (400, 997, 0.5), (12, 40_000, 2.0)]
+)
+def test_sample_draws_the_tokens_that_the_cpu_draws(rows, vocabulary, scale, backend):
+    logits = torch.randn(rows, vocabulary, generator=seeded(rows)) * scale
+    counters = torch.arange(rows) * 31
+    different = []
+    for settings in DRAWN:
+        arguments = {"temperature": 0.8, "seed": 17, **settings}
+        expected = ops.sample(logits, counters=counters, **arguments)
+        if backend == "emulated":
+            with backends.emulated():
+                got = ops.sample(logits, counters=counters, **arguments)
+        else:
+            got = ops.sample(logits.cuda(), counters=counters.cuda(), **arguments)
+        for ours, theirs in zip(got[1:], expected[1:], strict=True):
+            same = got.token_ids.cpu() == expected.token_ids
+            torch.testing.assert_close(ours.cpu()[same], theirs[same], atol=3e-6, rtol=0)
+        # Only where the uniform falls within rounding of a boundary between two neighbours of the kept set.
+        for row in (got.token_ids.cpu() != expected.token_ids).nonzero().flatten().tolist():
+            x = logits[row].double()[None]
+            weights = ((x - x.max()) / 0.8).exp()
+            kept = keep_mask(
+                logits[row][None], weights, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+            )
+            running = (weights * kept)[0].cumsum(0) / (weights * kept).sum()
+            boundary = running[min(int(got.token_ids[row]), int(expected.token_ids[row]))]
+            away = abs(float(philox_uniform(17, counters[row : row + 1]) - boundary))
+            different.append((settings, row, away))
+    assert all(away < 1e-6 for *_, away in different), different
+    # Of 3600 draws, each within 1e-6 of one of up to 1000 boundaries; none here.
+    assert len(different) <= 1, different
 
 
 def test_the_cpu_kernels_are_back_afterwards():
