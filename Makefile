@@ -30,6 +30,7 @@ export TOKENIZERS_PARALLELISM := false
 TORCH_STAMP    := $(VENV)/stamp-$(subst ==,-,$(TORCH))
 PACKAGES_STAMP := $(VENV)/stamp-packages
 BUILD_STAMP    := $(VENV)/stamp-build
+PEERS          := trl==1.16.0 liger-kernel==0.8.5
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_SOURCES  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
@@ -50,7 +51,7 @@ export REQUIREMENTS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test sanitize bench bench-scaling bench-iteration format lint clean
+.PHONY: help setup build demo test sanitize bench bench-scaling bench-iteration gpu gpu-here format lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +78,18 @@ bench-scaling: $(BUILD_STAMP)  ## time of each op against tokens, vocabulary and
 
 bench-iteration: $(BUILD_STAMP)  ## a whole PPO iteration against TRL 1.12: time by room, peak memory
 	@$(BIN)/python -m bench.iteration $(ARGS)
+
+# Asked before anything is installed: without a GPU this is one message and nothing else.
+gpu:  ## on a machine with a GPU: build for CUDA, op tests, compute-sanitizer, benchmarks, one table in docs
+	@$(PYTHON) bench/gpu.py --check
+	@$(MAKE) --no-print-directory gpu-here
+
+# The stamp may be that of a build for the CPU. Peers are compared with where pip can reach them.
+gpu-here: $(PACKAGES_STAMP)
+	FASTPPO_CUDA=1 $(PIP) --no-build-isolation --no-deps --editable .
+	@touch $(BUILD_STAMP)
+	-@$(PIP) --no-deps --target .cache/peers $(PEERS)
+	@PYTHONPATH=.cache/peers $(BIN)/python -m bench.gpu $(ARGS)
 
 format: $(PACKAGES_STAMP)  ## let ruff and clang-format settle formatting
 	$(BIN)/ruff check --fix .

@@ -14,7 +14,7 @@ import importlib.util
 import os
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +105,15 @@ class Counts(NamedTuple):
     bytes_stored: int
 
 
+class Launch(NamedTuple):
+    """One launch as the launcher in csrc/cuda asked for it; `kernel` without template arguments."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    dynamic_shared: int
+
+
 class Emulator:
     """The loaded library's settings and counts."""
 
@@ -132,6 +141,22 @@ class Emulator:
         counts = (ctypes.c_int64 * 3)()
         self._library.fastppo_emulator_counts(counts, ctypes.c_bool(True))
         return Counts(*counts)
+
+    def planned(self, call: Callable[[], object]) -> list[Launch]:
+        """Return what `call` launches, without running any of it: what it computes is not to be looked at."""
+        self._library.fastppo_emulator_plan(ctypes.c_bool(True))
+        try:
+            call()
+            self._library.fastppo_emulator_planned.restype = ctypes.c_char_p
+            lines = self._library.fastppo_emulator_planned().decode().splitlines()
+        finally:
+            self._library.fastppo_emulator_plan(ctypes.c_bool(False))
+        found = []
+        for line in lines:
+            kernel, *numbers = line.split("\t")
+            name = kernel.strip("() ").partition("<")[0].rpartition("::")[2]
+            found.append(Launch(name, *map(int, numbers)))
+        return found
 
     def ops(self) -> list[str]:
         """Return the ops that have kernels."""

@@ -758,7 +758,13 @@ void launch(const Launch& launch, const std::function<void()>& body) {
   launching = &launch;
   check_launch(launch);
   ++machine.launches;
-  run(launch, body);
+  if (machine.plan) {
+    const auto count = [](dim3 d) { return std::to_string(int64_t{d.x} * d.y * d.z); };
+    machine.planned += launch.kernel + ('\t' + count(launch.grid)) + '\t' + count(launch.block) + '\t' +
+                       std::to_string(launch.dynamic_shared) + '\n';
+  } else {
+    run(launch, body);
+  }
   launching = nullptr;
 }
 
@@ -787,3 +793,11 @@ FASTPPO_EXPORT void fastppo_emulator_counts(int64_t* counts, bool reset) {
     machine.launches = machine.bytes_loaded = machine.bytes_stored = 0;
   }
 }
+
+// From now on launches are noted and not run, or run again; what was noted before is forgotten.
+FASTPPO_EXPORT void fastppo_emulator_plan(bool on) {
+  fastppo::emulator::machine.plan = on;
+  fastppo::emulator::machine.planned.clear();
+}
+
+FASTPPO_EXPORT const char* fastppo_emulator_planned() { return fastppo::emulator::machine.planned.c_str(); }

@@ -65,6 +65,8 @@ struct Machine {
   int64_t max_shared = kMaxShared; // what a kernel that asks the device is told
   int64_t launches = 0;
   int64_t bytes_loaded = 0, bytes_stored = 0; // global memory, through spans; fibers only
+  bool plan = false;   // note launches instead of running them: what an op would launch, at sizes no test could run
+  std::string planned; // "kernel\tblocks\tthreads\tdynamic shared bytes\n" per launch
 };
 extern Machine machine;
 
