@@ -17,7 +17,7 @@ the tokens where the normalizer is not given.
 #pragma once
 
 #include "cuda/logprobs.cuh"
-#include "cuda/ppo_loss.cuh"
+#include "cuda/ppo_tokens.cuh"
 
 namespace fastppo::cuda {
 
@@ -155,9 +155,9 @@ __global__ void __launch_bounds__(kRowThreads) ppo_rows_kernel(const PpoRowsArgs
       continue;
     }
     const Span<const T> logits = args.logits[row];
-    const SoftmaxSums sums = softmax_sums(logits, args.scale, args.inv_temperature, [&](const auto& x, int64_t first) {
-      hold_batch<T>(held, held_columns, first, x);
-    });
+    const SoftmaxSums sums = softmax_sums<kBatch<T>>(
+        logits, args.scale, args.inv_temperature,
+        [&](const auto& x, int64_t first) { hold_batch<T>(held, held_columns, first, x); });
     if (threadIdx.x == 0) {
       const PpoCoefficients c = coefficients[0];
       found[0] = ppo_row(args, c, logits, row, sums);

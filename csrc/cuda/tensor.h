@@ -148,7 +148,8 @@ struct HeldNumber : Number {
 
 inline Number number(double x) { return {nullptr, NumberType::kGiven, x}; }
 
-// --- rows of logits: cuda/softmax.cuh ----------------------------------------------------------------------------------
+// --- rows of logits: cuda/softmax.cuh
+// ----------------------------------------------------------------------------------
 
 // The first `count` dimensions; nothing where they are too scattered to be described.
 inline std::optional<Leading> leading(const Tensor& x, int64_t count) {
@@ -278,7 +279,6 @@ template <class T>
 Span<T> elements(const Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr()), x.numel()};
 }
-
 
 inline Span<float> floats(const Tensor& x) { return {static_cast<float*>(x.mutable_data_ptr()), x.numel()}; }
 
