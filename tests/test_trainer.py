@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import backends
 import pytest
 import tiny
 import torch
@@ -415,3 +416,32 @@ def test_a_reward_that_raises_stops_the_run_with_the_prompt(tmp_path: Path) -> N
 def test_resume_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint=True: no checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "iterations", "tolerance"),
+    [
+        (False, 2, 1e-3),
+        (True, 1, 0.1),
+    ],  # in bfloat16 a last bit decides a token, and the second goes its own way
+)
+def test_the_cuda_kernels_train_as_the_cpus_do(
+    tmp_path: Path, bf16: bool, iterations: int, tolerance: float
+) -> None:
+    # Emulated, under the very same ops: the trainer never asks what its tensors lie on.
+    def metrics(name: str) -> list[dict[str, Any]]:
+        run = trainer(
+            tmp_path / name, bf16=bf16, total_episodes=16 * iterations, temperature=0.7, kl_coef=0.1
+        )
+        run.train()
+        return [entry for entry in run.state.log_history if "objective/scores" in entry]
+
+    on_cpu = metrics("cpu")
+    with backends.emulated() as machine:
+        machine.counts()
+        on_cuda = metrics("cuda")
+        assert machine.counts().launches > 50
+    assert len(on_cpu) == len(on_cuda) == iterations
+    for one, other in zip(on_cpu, on_cuda, strict=True):
+        for name in TRL_METRICS - {"eps"}:  # episodes per second
+            assert other[name] == pytest.approx(one[name], rel=tolerance, abs=1e-4), name

@@ -238,7 +238,9 @@ def one_operation_at_a_time(state, grad, grad_scale, step):
     m = m + t["rate1"] * (g - m)
     v = t["beta2"] * state[3].float() + t["rate2"] * g * g
     master = ops.join_master(*state[:2])
-    root = v.double().sqrt().float()  # torch's float32 sqrt is an ulp off in every sixth number on some processors
+    root = (
+        v.double().sqrt().float()
+    )  # torch's float32 sqrt is an ulp off in every sixth number on some processors
     return master * t["decay"] - t["step_size"] * m / (root * t["bias2"] + t["eps"]), m, v
 
 
