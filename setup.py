@@ -62,8 +62,8 @@ def find_toolkit(env: Mapping[str, str]) -> tuple[Path | None, str]:
     return next((folder for folder in candidates if complete(folder)), None), looked
 
 
-def choose_cuda(env: Mapping[str, str], has_sources: bool) -> CudaChoice:
-    """Decide from FASTPPO_CUDA, the toolkit, and whether this version has CUDA kernels at all."""
+def choose_cuda(env: Mapping[str, str]) -> CudaChoice:
+    """Decide from FASTPPO_CUDA and the toolkit."""
     asked = env.get("FASTPPO_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"fastppo: FASTPPO_CUDA must be 0 or 1, got {asked!r}")
@@ -78,14 +78,6 @@ def choose_cuda(env: Mapping[str, str], has_sources: bool) -> CudaChoice:
                 "FASTPPO_CUDA."
             )
         return CudaChoice(False, None, f"no CUDA toolkit found (looked at: {looked})")
-    if not has_sources:
-        # Demanded or not, there is nothing to compile. Refusing is the honest answer to a demand.
-        if asked == "1":
-            raise SystemExit(
-                f"fastppo: FASTPPO_CUDA=1 asks for CUDA and a toolkit is at {toolkit}, but this version of "
-                "fastppo has no CUDA kernels yet. Unset FASTPPO_CUDA to build for the CPU."
-            )
-        return CudaChoice(False, toolkit, f"toolkit at {toolkit}, but this version has no CUDA kernels yet")
     return CudaChoice(True, toolkit, f"toolkit at {toolkit}")
 
 
@@ -169,7 +161,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Configure, compile, and put the library where setuptools expects it."""
-        cuda = choose_cuda(os.environ, has_sources=any(ROOT.glob("csrc/cuda/*.cu")))
+        cuda = choose_cuda(os.environ)
         print(f"fastppo: CUDA {'on' if cuda.build else 'off'} ({cuda.why})", file=sys.stderr, flush=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # A folder per interpreter: CMake's cache holds its paths. Under build/, so that a rebuild is

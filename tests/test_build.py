@@ -37,19 +37,19 @@ def toolkit(tmp_path):
 
 
 def test_cuda_off_on_demand(setup_py, toolkit):
-    choice = setup_py.choose_cuda({"FASTPPO_CUDA": "0", "CUDA_HOME": str(toolkit)}, has_sources=True)
+    choice = setup_py.choose_cuda({"FASTPPO_CUDA": "0", "CUDA_HOME": str(toolkit)})
     assert choice == (False, None, "FASTPPO_CUDA=0")
 
 
 def test_cuda_on_with_a_toolkit_and_without_a_gpu(setup_py, toolkit):
     for asked in ({}, {"FASTPPO_CUDA": "1"}):
-        choice = setup_py.choose_cuda({"CUDA_HOME": str(toolkit), **asked}, has_sources=True)
+        choice = setup_py.choose_cuda({"CUDA_HOME": str(toolkit), **asked})
         assert choice == (True, toolkit, f"toolkit at {toolkit}")
 
 
 def test_cuda_demanded_and_absent_is_a_clear_failure(setup_py, tmp_path):
     with pytest.raises(SystemExit) as error:
-        setup_py.choose_cuda({"FASTPPO_CUDA": "1", "CUDA_HOME": str(tmp_path)}, has_sources=True)
+        setup_py.choose_cuda({"FASTPPO_CUDA": "1", "CUDA_HOME": str(tmp_path)})
     assert str(error.value) == (
         "fastppo: FASTPPO_CUDA=1 asks for CUDA, but no toolkit with include/cuda_bf16.h and bin/nvcc was "
         f"found (looked at: CUDA_HOME={tmp_path}). Install the CUDA toolkit, or point CUDA_HOME at it, or "
@@ -58,20 +58,13 @@ def test_cuda_demanded_and_absent_is_a_clear_failure(setup_py, tmp_path):
 
 
 def test_cuda_absent_and_not_demanded_builds_for_the_cpu(setup_py, tmp_path):
-    choice = setup_py.choose_cuda({"CUDA_HOME": str(tmp_path)}, has_sources=True)
+    choice = setup_py.choose_cuda({"CUDA_HOME": str(tmp_path)})
     assert not choice.build and choice.why == f"no CUDA toolkit found (looked at: CUDA_HOME={tmp_path})"
-
-
-def test_cuda_without_kernels_is_said_plainly(setup_py, toolkit):
-    choice = setup_py.choose_cuda({"CUDA_HOME": str(toolkit)}, has_sources=False)
-    assert not choice.build and "no CUDA kernels yet" in choice.why
-    with pytest.raises(SystemExit, match="has no CUDA kernels yet"):
-        setup_py.choose_cuda({"CUDA_HOME": str(toolkit), "FASTPPO_CUDA": "1"}, has_sources=False)
 
 
 def test_any_other_demand_is_an_error(setup_py):
     with pytest.raises(SystemExit, match="FASTPPO_CUDA must be 0 or 1, got 'yes'"):
-        setup_py.choose_cuda({"FASTPPO_CUDA": "yes"}, has_sources=True)
+        setup_py.choose_cuda({"FASTPPO_CUDA": "yes"})
 
 
 @pytest.mark.parametrize("kind", ["plain", "link", "script"])
