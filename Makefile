@@ -51,7 +51,7 @@ export REQUIREMENTS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test sanitize bench bench-scaling bench-iteration gpu gpu-here format lint clean
+.PHONY: help setup build demo test test-sets sanitize bench bench-scaling bench-iteration gpu gpu-here format lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,13 @@ demo: $(BUILD_STAMP)  ## PPO on a real model in about 6 minutes: before/after ta
 
 test: $(BUILD_STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+# avx512 is what `make test` runs where the processor has it.
+test-sets: $(BUILD_STAMP)  ## the CPU kernels of the other instruction sets through the op tests
+	@for set in default avx2; do \
+	  echo "FASTPPO_CPU_CAPABILITY=$$set"; \
+	  FASTPPO_CPU_CAPABILITY=$$set $(BIN)/python -m pytest tests/ops -k "cpu and not emulated" $(ARGS) || exit 1; \
+	done
 
 sanitize: $(BUILD_STAMP)  ## the emulated CUDA kernels under ThreadSanitizer, AddressSanitizer and UBSan
 	$(BIN)/python -m pytest tests/emulator
