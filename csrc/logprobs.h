@@ -24,12 +24,16 @@ namespace fastppo {
 // op.
 inline void check_logits(const char* op, const char* name, const Tensor& logits) {
   check_floating(op, name, logits);
-  check(logits.dim() >= 1, op, name, " must have a vocabulary dimension, got shape ", shape_text(logits.sizes()));
+  if (logits.dim() < 1) [[unlikely]] {
+    fail(op, name, " must have a vocabulary dimension, got shape ", shape_text(logits.sizes()));
+  }
   const int64_t vocabulary = logits.size(logits.dim() - 1);
-  check(vocabulary > 0, op, name, " must have at least one column, got shape ", shape_text(logits.sizes()));
-  check(
-      vocabulary == 1 || logits.numel() == 0 || logits.stride(logits.dim() - 1) == 1, op, name,
-      " must be contiguous in the last dimension, got strides ", shape_text(logits.strides()));
+  if (vocabulary == 0) [[unlikely]] {
+    fail(op, name, " must have at least one column, got shape ", shape_text(logits.sizes()));
+  }
+  if (vocabulary > 1 && logits.stride(logits.dim() - 1) != 1 && logits.numel() > 0) [[unlikely]] {
+    fail(op, name, " must be contiguous in the last dimension, got strides ", shape_text(logits.strides()));
+  }
 }
 
 inline void check_temperature(const char* op, double temperature) {
