@@ -4,7 +4,12 @@ Logits as rows of any leading shape and strides, and the way rows are cut into t
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "cpu/tensor.h"
 
@@ -119,10 +124,29 @@ void for_each_row(int64_t rows, int64_t tiles, const Body& body) {
   });
 }
 
+/*
+A contiguous tensor like x, for a gradient. Linux clears and maps new memory on first touch, 4 KiB at a time, which
+takes longer than computing a gradient and writing it; asked to, it does so 2 MiB at a time. A wish: results do not
+depend on it. From 32 MiB on, glibc gives every block a mapping of its own, so the advice goes when the tensor goes.
+*/
+inline Tensor empty_gradient(const Tensor& x) {
+  const Tensor gradient = empty_tensor(x.sizes(), x.scalar_type());
+#if defined(__linux__)
+  constexpr uintptr_t kOwnMapping = 32 << 20, kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(gradient.data_ptr());
+  const uintptr_t bytes = gradient.numel() * bytes_of(dtype_of(x));
+  if (bytes >= kOwnMapping) {
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
+                    last = (begin + bytes) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return gradient;
+}
+
 // A gradient like x, or, where nobody asked for it, an empty tensor.
 inline Tensor empty_if(bool needed, const Tensor& x) {
-  const int64_t none[] = {0};
-  return empty_tensor(needed ? x.sizes() : Sizes(none, 1), x.scalar_type());
+  return needed ? empty_gradient(x) : empty_tensor({0}, x.scalar_type());
 }
 
 inline Tensor contiguous_ids(const Tensor& ids) { return ids.is_contiguous() ? ids : torch::stable::contiguous(ids); }

@@ -47,9 +47,9 @@ KlSums careful_sums(const T* x, const T* y, int64_t n, float scale, double unit)
   Base2KlSums sums;
   const auto add = [&](const Vec& p, const Vec& q) {
     const Vec tp = at_least_lowest((p - max_p) * scales), tq = (q - max_q) * scales;
-    const Vec exp_p = weight_of<T>(tp);
+    const Vec exp_p = exp2_of(tp);
     sums.sum_p = sums.sum_p + exp_p;
-    sums.sum_q = sums.sum_q + weight_of<T>(tq);
+    sums.sum_q = sums.sum_q + exp2_of(tq);
     // Where p is 0 the factor may be infinite: drop it. tq itself is not clamped, q = 0 under p > 0 is infinite.
     sums.difference = sums.difference + select(exp_p == zero, zero, exp_p * (tp - tq));
   };

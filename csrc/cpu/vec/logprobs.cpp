@@ -2,10 +2,10 @@
 The sums of a tile in base 2: t = (logits - reference) log2(e) / temperature, weights 2^t.
 
 A reference a few nats off the maximum gives the same relative precision as the maximum itself, so the quick loop takes
-the maximum of the first chunk and looks at no other: a load, and ten instructions for sixteen logits. A tile whose sum
-shows that this was not good enough, because a logit is NaN, infinite or far above the first chunk, is gone through once
-more by the careful loop, which follows the maximum. The careful loop alone takes 1.35 times as long, and two passes
-over a tile in the L1 cache, its maximum first, 2.1 times: the second leaves the memory idle.
+the maximum of the first chunk and looks at no other. A tile whose sum shows that this was not good enough, because a
+logit is NaN, infinite or far above the first chunk, is gone through once more by the careful loop, which follows the
+maximum. The careful loop alone takes 1.35 times as long, and two passes over a tile in the L1 cache, its maximum first,
+2.1 times: the second leaves the memory idle.
 */
 #include "cpu/vec/logprobs.h"
 
