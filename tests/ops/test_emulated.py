@@ -56,6 +56,8 @@ def adamw_step_(count):
         *state[:2], x, *state[2:], lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, step=1
     )
     return state
+
+
 def of_logits(op, *shape, dtype=torch.float32):
     """Run an op of logits and ids, or of two tensors of logits, forward and backward."""
     generator = seeded(1)
