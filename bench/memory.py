@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastppo.ops import PPOStats
+
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status, such as VmRSS or VmHWM."""
@@ -53,9 +55,11 @@ def extra_memory(function: Callable[[], Any], *, count_kept: bool = True) -> tup
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dictionaries, in order."""
+    """Every tensor in nested tuples, lists, dictionaries and `PPOStats`, in order."""
     if isinstance(result, Tensor):
         return [result]
+    if isinstance(result, PPOStats):
+        result = list(result)
     if isinstance(result, dict):
         result = list(result.values())
     return [x for part in result for x in tensors(part)] if isinstance(result, (tuple, list)) else []

@@ -14,7 +14,7 @@ from bench.peers import trl_ppo_loss
 from fastppo import ops, reference
 
 CLIP, VALUE_CLIP, VF_COEF, ENTROPY_COEF, KL_COEF = 0.2, 0.2, 0.1, 0.01, 0.05
-Loss = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+Loss = Callable[..., tuple[Tensor, Any]]  # the metrics: nine tensors, or what reads like them
 
 
 def by(loss: Loss) -> Loss:
@@ -99,10 +99,7 @@ def policy_and_value(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
             values=values,
             returns=returns,
         )
-        (policy_loss, value_loss), (approx_kl, clip_fraction, value_clip_fraction, ratio) = (
-            stats[:2],
-            stats[4:8],
-        )
+        policy_loss, value_loss, _, _, approx_kl, clip_fraction, value_clip_fraction, ratio, _ = stats
         return total, policy_loss, value_loss, approx_kl, clip_fraction, value_clip_fraction, ratio
 
     return run

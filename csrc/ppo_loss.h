@@ -39,27 +39,29 @@ struct ClippedTerm {
   F clipped; // 1 where the clipped branch was the larger one
 };
 
-// dual_clip: infinity for none.
 template <class F>
-FASTPPO_HD ClippedTerm<F> policy_term(
-    const F& ratio, const F& advantage, const F& low, const F& high, float dual_clip) {
+FASTPPO_HD ClippedTerm<F> policy_term(const F& ratio, const F& advantage, const F& low, const F& high) {
   const F zero(0.0f), one(1.0f);
   const F unclipped = zero - advantage * ratio;
-  const F clipped = zero - advantage * vmin(vmax(ratio, low), high);
+  const F clipped = zero - advantage * vclamp(ratio, low, high);
   const auto is_clipped = clipped > unclipped;
-  const F loss = select(is_clipped, clipped, unclipped);
+  return {select(is_clipped, clipped, unclipped), select(is_clipped, zero, unclipped), select(is_clipped, one, zero)};
+}
+
+// The policy's term with the bound of dual_clip; infinity: none.
+template <class F>
+FASTPPO_HD ClippedTerm<F> capped(const ClippedTerm<F>& term, const F& advantage, float dual_clip) {
+  const F zero(0.0f);
   const F cap = select(advantage < zero, zero - F(dual_clip) * advantage, F(std::numeric_limits<float>::infinity()));
-  const auto is_capped = loss > cap;
-  return {
-      select(is_capped, cap, loss), select(is_capped, zero, select(is_clipped, zero, unclipped)),
-      select(is_clipped, one, zero)};
+  const auto is_capped = term.loss > cap;
+  return {select(is_capped, cap, term.loss), select(is_capped, zero, term.slope), term.clipped};
 }
 
 template <class F>
 FASTPPO_HD ClippedTerm<F> value_term(const F& new_value, const F& value, const F& target, float clip_range) {
   const F zero(0.0f), one(1.0f), half(0.5f), range(clip_range);
   const F error = new_value - target;
-  const F clipped_error = vmin(vmax(new_value, value - range), value + range) - target;
+  const F clipped_error = vclamp(new_value, value - range, value + range) - target;
   const auto is_clipped = clipped_error * clipped_error > error * error;
   const F larger = select(is_clipped, clipped_error, error);
   return {half * larger * larger, select(is_clipped, zero, error), select(is_clipped, one, zero)};
@@ -93,7 +95,8 @@ FASTPPO_HD float ppo_slope(
     float new_logprob, float logprob, float advantage, bool has_ref, float ref_logprob, KlEstimator estimator,
     const PpoCoefficients& c) {
   const float ratio = vexp(new_logprob - logprob);
-  float slope = policy_term(ratio, advantage, c.ratio_low, c.ratio_high, c.dual_clip).slope * c.policy_scale;
+  const ClippedTerm<float> term = policy_term(ratio, advantage, c.ratio_low, c.ratio_high);
+  float slope = capped(term, advantage, c.dual_clip).slope * c.policy_scale;
   if (has_ref) {
     with_estimator(
         estimator, [&](auto e) { slope += c.kl_scale * kl_slope<decltype(e)::value>(new_logprob - ref_logprob); });
@@ -141,6 +144,7 @@ struct PpoSums {
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastppo {
 
@@ -189,15 +193,36 @@ inline PpoSettings check_ppo_terms(
       parse_estimator(op, kl_estimator, "kl_estimator")};
 }
 
-// A backend's ppo_loss, which ppo_loss_from_logits calls for all that is one number per token. Returns loss (), stats
-// (9,), and the gradients of loss for new_logprobs, new_values and entropy (float32; the last two have shape (0,) where
-// the input was not given).
-using PpoLossFunction = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+// Where the gradients of the loss go: contiguous float32, one number per token; null where nobody asks for them.
+struct PpoGrads {
+  float *new_logprobs = nullptr, *new_values = nullptr, *entropy = nullptr;
+
+  // How many rows of that many tokens an op returns: of new_logprobs, and of what else is given, in that order.
+  static int64_t rows(bool has_values, bool has_entropy) { return 1 + has_values + has_entropy; }
+
+  PpoGrads() = default;
+  PpoGrads(const Tensor& grads, int64_t tokens, bool has_values, bool has_entropy)
+      : new_logprobs(static_cast<float*>(grads.mutable_data_ptr())),
+        new_values(has_values ? new_logprobs + tokens : nullptr),
+        entropy(has_entropy ? new_logprobs + (has_values ? 2 : 1) * tokens : nullptr) {}
+};
+
+// (rows, *shape of like). One tensor: a backward scales it at once, and autograd has one to keep track of.
+inline std::vector<int64_t> ppo_grads_sizes(const Tensor& like, bool has_values, bool has_entropy) {
+  std::vector<int64_t> sizes{PpoGrads::rows(has_values, has_entropy)};
+  for (const int64_t size : like.sizes()) {
+    sizes.push_back(size);
+  }
+  return sizes;
+}
+
+// A backend's ppo_loss after the checks, which ppo_loss_from_logits calls for all that is one number per token. Returns
+// loss () and stats (9,).
+using PpoLossFunction = std::tuple<Tensor, Tensor>(
     const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
     const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
     const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
-    double clip_range, double clip_range_high, std::optional<double> dual_clip, double value_clip_range, double vf_coef,
-    double entropy_coef, double kl_coef, const std::string& kl_estimator, std::optional<double> normalizer_number);
+    std::optional<double> normalizer_number, const PpoSettings& settings, const PpoGrads& grads);
 
 inline PpoSettings check_ppo_loss(
     const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,

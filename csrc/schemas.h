@@ -31,7 +31,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "Tensor? values, Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? normalizer, float clip_range, "
       "float clip_range_high, float? dual_clip, float value_clip_range, float vf_coef, float entropy_coef, "
       "float kl_coef, str kl_estimator, float? normalizer_number) "
-      "-> (Tensor loss, Tensor stats, Tensor grad_new_logprobs, Tensor grad_new_values, Tensor grad_entropy)");
+      "-> (Tensor loss, Tensor stats, Tensor grads)");
 
   // ppo_loss_from_logits
   m.def(

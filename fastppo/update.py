@@ -104,7 +104,7 @@ def update(
                         loss, part = _loss(new, piece, old, clip_range, value_clip_range, vf_coef, normalizer)
                         # DDP averages over ranks what the normalizer has already divided by all ranks' tokens.
                         accelerator.backward(loss * accelerator.num_processes)
-                    stats = _accumulate(stats, torch.stack(list(part)))
+                    stats = _accumulate(stats, part)
                 stats = _over_ranks(stats)
                 step_stats = _accumulate(step_stats, stats)
                 if target_kl is not None and stats[PPOStats._fields.index("approx_kl")].item() > target_kl:
@@ -150,8 +150,8 @@ def _loss(
     value_clip_range: float,
     vf_coef: float,
     normalizer: Tensor,
-) -> tuple[Tensor, PPOStats]:
-    """Loss and metrics of what the evaluated network is responsible for; the rest is 0."""
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics (`PPOStats`' fields) of what the evaluated network is responsible for; the rest is 0."""
     logprobs, values, advantages, returns = (x[batch.tokens] for x in old)
     loss, stats = ops.ppo_loss(
         logprobs if new.logprobs is None else new.logprobs,
@@ -168,10 +168,9 @@ def _loss(
         normalizer=normalizer,
     )
     if new.logprobs is None:  # a ratio of the old policy to itself is no news
-        stats = stats._replace(
-            ratio=torch.zeros_like(stats.ratio), ratio_max=torch.zeros_like(stats.ratio_max)
-        )
-    return loss, stats
+        stats.ratio.zero_()
+        stats.ratio_max.zero_()
+    return loss, stats.tensor
 
 
 def _accumulate(total: Tensor, new: Tensor) -> Tensor:

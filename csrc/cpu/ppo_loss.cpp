@@ -28,16 +28,11 @@ double count_true(const MaskRows& mask, Shape2d shape) {
 
 } // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
+std::tuple<Tensor, Tensor> ppo_loss_terms_cpu(
     const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
     const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
     const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
-    double clip_range, double clip_range_high, std::optional<double> dual_clip, double value_clip_range, double vf_coef,
-    double entropy_coef, double kl_coef, const std::string& kl_estimator, std::optional<double> normalizer_number) {
-  const PpoSettings settings = check_ppo_loss(
-      new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, normalizer,
-      normalizer_number, clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef,
-      kl_estimator);
+    std::optional<double> normalizer_number, const PpoSettings& settings, const PpoGrads& grads) {
   const Shape2d shape = shape_2d(new_logprobs);
   const HeldRows new_logprob_rows(new_logprobs), logprob_rows(logprobs), advantage_rows(advantages);
   const HeldMask mask(response_mask);
@@ -51,9 +46,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
                                           : count_true(mask, shape);
   check_number("ppo_loss", "normalizer", tokens, tokens > 0 && std::isfinite(tokens), "above 0 and finite");
 
-  const Tensor grad_logprobs = empty_float(new_logprobs);
-  const Tensor grad_values = new_values ? empty_float(new_logprobs) : empty_tensor({0}, ScalarType::Float);
-  const Tensor grad_entropy = entropy ? empty_float(new_logprobs) : empty_tensor({0}, ScalarType::Float);
   const PpoArgs args{
       new_logprob_rows,
       logprob_rows,
@@ -67,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
       shape.columns,
       settings.kl_estimator,
       PpoCoefficients(settings, tokens),
-      float_data(grad_logprobs),
-      float_data(grad_values),
-      float_data(grad_entropy)};
+      grads.new_logprobs,
+      grads.new_values,
+      grads.entropy};
   std::vector<PpoSums> parts(shape.rows * blocks_of(shape.columns));
   auto* of_block = FASTPPO_PICK(ppo_loss_block);
   for_each_block(shape, [&](int64_t row, int64_t first, int64_t n, int64_t block) {
@@ -84,8 +76,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cpu(
   const Tensor loss = empty_tensor({}, ScalarType::Float), stats = empty_tensor({kPpoStats}, ScalarType::Float);
   *float_data(loss) = result.loss;
   std::copy(result.stats, result.stats + kPpoStats, float_data(stats));
-  return {loss, stats, grad_logprobs, grad_values, grad_entropy};
+  return {loss, stats};
 }
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> ppo_loss_cpu(
+    const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
+    const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
+    const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
+    double clip_range, double clip_range_high, std::optional<double> dual_clip, double value_clip_range, double vf_coef,
+    double entropy_coef, double kl_coef, const std::string& kl_estimator, std::optional<double> normalizer_number) {
+  const PpoSettings settings = check_ppo_loss(
+      new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, normalizer,
+      normalizer_number, clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef,
+      kl_estimator);
+  const bool has_values = new_values.has_value(), has_entropy = entropy.has_value();
+  const Tensor grads = empty_float(ppo_grads_sizes(new_logprobs, has_values, has_entropy));
+  const auto [loss, stats] = ppo_loss_terms_cpu(
+      new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, normalizer,
+      normalizer_number, settings, PpoGrads(grads, new_logprobs.numel(), has_values, has_entropy));
+  return {loss, stats, grads};
+}
+
+} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastppo, CPU, m) { m.impl("ppo_loss", TORCH_BOX(&ppo_loss_cpu)); }
 

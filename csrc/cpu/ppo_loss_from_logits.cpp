@@ -11,7 +11,7 @@ logprobs gives; loss, metrics and gradients of values are ppo_loss's, called on 
 
 namespace fastppo {
 
-PpoLossFunction ppo_loss_cpu; // cpu/ppo_loss.cpp
+PpoLossFunction ppo_loss_terms_cpu; // cpu/ppo_loss.cpp
 
 namespace {
 
@@ -113,10 +113,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_from_logits_cpu(
         }
       });
 
-  const auto [loss, stats, grad_logprobs, grad_values, grad_entropy] = ppo_loss_cpu(
+  const Tensor grad_values = new_values ? empty_float(ids.sizes()) : empty_tensor({0}, ScalarType::Float);
+  PpoGrads grads;
+  grads.new_values = new_values ? float_data(grad_values) : nullptr;
+  const auto [loss, stats] = ppo_loss_terms_cpu(
       new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs,
-      std::nullopt, clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef,
-      kl_estimator, tokens);
+      std::nullopt, tokens, settings, grads);
   return {loss, stats, dlogits, grad_values};
 }
 

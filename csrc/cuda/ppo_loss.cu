@@ -25,20 +25,12 @@ Rows rows_or_none(const std::optional<HeldRows>& x) { return x ? static_cast<Row
 
 } // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(
+std::tuple<Tensor, Tensor> ppo_loss_terms_cuda(
     const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
     const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
     const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
-    double clip_range, double clip_range_high, std::optional<double> dual_clip, double value_clip_range, double vf_coef,
-    double entropy_coef, double kl_coef, const std::string& kl_estimator, std::optional<double> normalizer_number) {
-  const PpoSettings settings = check_ppo_loss(
-      new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, normalizer,
-      normalizer_number, clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef,
-      kl_estimator);
+    std::optional<double> normalizer_number, const PpoSettings& settings, const PpoGrads& grads) {
   const Tensor loss = empty_float(new_logprobs, {}), stats = empty_float(new_logprobs, {kPpoStats});
-  const Tensor grad_logprobs = empty_float(new_logprobs);
-  const Tensor grad_values = new_values ? empty_float(new_logprobs) : empty_float(new_logprobs, {0});
-  const Tensor grad_entropy = entropy ? empty_float(new_logprobs) : empty_float(new_logprobs, {0});
 
   const OnDevice on(new_logprobs);
   const HeldRows new_logprob_rows(new_logprobs), logprob_rows(logprobs), advantage_rows(advantages);
@@ -58,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(
   auto* parts = static_cast<PpoSums*>(scratch.mutable_data_ptr());
   auto* counts = reinterpret_cast<long long*>(parts + blocks);
 
+  const auto grad = [&](float* data) { return data != nullptr ? Span<float>{data, shape.count()} : Span<float>{}; };
   const PpoArgs args{
       new_logprob_rows,
       logprob_rows,
@@ -71,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(
       settings,
       count,
       held_number ? static_cast<Number>(*held_number) : number(normalizer_number.value_or(0)),
-      {floats(loss), floats(stats), floats(grad_logprobs), floats(grad_values), floats(grad_entropy)},
+      {floats(loss), floats(stats), grad(grads.new_logprobs), grad(grads.new_values), grad(grads.entropy)},
       {counts, blocks},
       {parts, blocks},
       reinterpret_cast<unsigned*>(counts + blocks)};
@@ -81,8 +74,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss_cuda(
     FASTPPO_LAUNCH(ppo_loss_kernel, count ? blocks : 1, kPpoThreads, 0, on.stream, args, kPpoPrepare, kPpoPrepare);
     FASTPPO_LAUNCH(ppo_loss_kernel, blocks, kPpoThreads, 0, on.stream, args, kPpoLoss, kPpoLoss);
   }
-  return {loss, stats, grad_logprobs, grad_values, grad_entropy};
+  return {loss, stats};
 }
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> ppo_loss_cuda(
+    const Tensor& new_logprobs, const Tensor& logprobs, const Tensor& advantages, const Tensor& response_mask,
+    const OptionalTensor& new_values, const OptionalTensor& values, const OptionalTensor& returns,
+    const OptionalTensor& entropy, const OptionalTensor& ref_logprobs, const OptionalTensor& normalizer,
+    double clip_range, double clip_range_high, std::optional<double> dual_clip, double value_clip_range, double vf_coef,
+    double entropy_coef, double kl_coef, const std::string& kl_estimator, std::optional<double> normalizer_number) {
+  const PpoSettings settings = check_ppo_loss(
+      new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, normalizer,
+      normalizer_number, clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef,
+      kl_estimator);
+  const bool has_values = new_values.has_value(), has_entropy = entropy.has_value();
+  const Tensor grads = empty_float(new_logprobs, ppo_grads_sizes(new_logprobs, has_values, has_entropy));
+  const auto [loss, stats] = ppo_loss_terms_cuda(
+      new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, normalizer,
+      normalizer_number, settings, PpoGrads(grads, new_logprobs.numel(), has_values, has_entropy));
+  return {loss, stats, grads};
+}
+
+} // namespace
 
 FASTPPO_CUDA_IMPL(m) { m.impl("ppo_loss", TORCH_BOX(&ppo_loss_cuda)); }
 

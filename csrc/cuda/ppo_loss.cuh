@@ -88,7 +88,7 @@ __device__ __forceinline__ void ppo_group(
 #pragma unroll
   for (int i = 0; i < kPpoGroup; ++i) {
     const float log_ratio = new_logprobs[i] - x[i], ratio = vexp(log_ratio);
-    const ClippedTerm<float> term = policy_term(ratio, y[i], c.ratio_low, c.ratio_high, c.dual_clip);
+    const ClippedTerm<float> term = capped(policy_term(ratio, y[i], c.ratio_low, c.ratio_high), y[i], c.dual_clip);
     slopes[i] = term.slope * c.policy_scale;
     sums.add(kPolicyLoss, counts[i], term.loss);
     sums.add(kApproxKl, counts[i], 0.5f * log_ratio * log_ratio);
@@ -128,7 +128,9 @@ __device__ __forceinline__ void ppo_group(
       sums.add(kValueClipped, counts[i], term.clipped);
       slopes[i] = counts[i] ? c.value_scale * term.slope : 0.0f;
     }
-    store_floats(args.out.grad_values.part(begin, columns), first, slopes);
+    if (args.out.grad_values) {
+      store_floats(args.out.grad_values.part(begin, columns), first, slopes);
+    }
   }
 
   if (args.entropy) {

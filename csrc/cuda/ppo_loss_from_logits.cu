@@ -8,7 +8,7 @@
 
 namespace fastppo::cuda {
 
-PpoLossFunction ppo_loss_cuda; // cuda/ppo_loss.cu
+PpoLossFunction ppo_loss_terms_cuda; // cuda/ppo_loss.cu
 
 namespace {
 
@@ -83,10 +83,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_from_logits_cuda(
       FASTPPO_LAUNCH((ppo_rows_kernel<T>), blocks, kRowThreads, shared, on.stream, args);
     });
   }
-  const auto [loss, stats, grad_logprobs, grad_values, grad_entropy] = ppo_loss_cuda(
+  const Tensor grad_values = new_values ? empty_float(logits, ids.sizes()) : empty_float(logits, Sizes(none, 1));
+  PpoGrads grads;
+  grads.new_values = new_values ? floats(grad_values).data : nullptr;
+  const auto [loss, stats] = ppo_loss_terms_cuda(
       new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, ref_logprobs, divisor,
-      clip_range, clip_range_high, dual_clip, value_clip_range, vf_coef, entropy_coef, kl_coef, kl_estimator,
-      normalizer_number);
+      normalizer_number, settings, grads);
   return {loss, stats, dlogits, grad_values};
 }
 

@@ -18,13 +18,17 @@ except ImportError as error:
         "fastppo.reference works without it."
     ) from error
 
-__all__ = ["call", "library", "register_autograd"]
+__all__ = ["call", "library", "register_autograd", "scaled"]
 
 _registrations = torch.library.Library("fastppo", "IMPL")
 
 
+_functions: dict[torch._ops.OpOverload, Any] = {}  # the autograd.Function of each op with a gradient
+
+
 def _needs_gradient(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+    # As torch.library.custom_op asks: a loop in Python takes 2 µs for the 19 arguments of ppo_loss.
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 def _without_gradient(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
@@ -33,10 +37,10 @@ def _without_gradient(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """``op(*args)`` of an op with a gradient, past the Python in the dispatcher where none is needed: 6 µs less."""
-    if torch.compiler.is_compiling() or _needs_gradient(args):
+    """``op(*args)`` of an op with a gradient, past the Python in the dispatcher, which takes 6 µs."""
+    if torch.compiler.is_compiling():
         return op(*args)
-    return _without_gradient(op, args)
+    return _functions[op].apply(*args) if _needs_gradient(args) else _without_gradient(op, args)
 
 
 def register_autograd(
@@ -65,4 +69,22 @@ def register_autograd(
     def with_gradient(*args: Any) -> Any:
         return function.apply(*args) if _needs_gradient(args) else _without_gradient(op, args)
 
+    _functions[op] = function
     _registrations.impl(name, with_gradient, "Autograd")
+
+
+def scaled(saved: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``saved * factor`` in a backward, for a contiguous `saved` that the forward made and nobody else knows.
+
+    Where the graph is not kept nobody asks for it again: it is multiplied in place, which leaves it as it is where the
+    factor is 1, and given away. Else this is done to a copy. Tracers, whose tensors are of types of their own, get the
+    copy too: to them all that the op returns is known.
+    """
+    given_away = (
+        not torch.compiler.is_compiling()
+        and type(saved) is torch.Tensor
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+    out = saved if given_away else saved.clone()
+    torch.ops.fastppo.scale_.default(out, factor)
+    return out

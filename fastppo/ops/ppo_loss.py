@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.ppo_loss import PPOStats
-from ._library import call, register_autograd
+from ._library import call, register_autograd, scaled
 
 __all__ = ["PPOStats", "ppo_loss"]
 
@@ -82,7 +82,7 @@ def ppo_loss(
             coefficient needs is missing; the message names it.
     """
     number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
-    loss, stats, *_ = call(
+    loss, stats, _ = call(
         torch.ops.fastppo.ppo_loss.default,
         new_logprobs,
         logprobs,
@@ -104,43 +104,44 @@ def ppo_loss(
         kl_estimator,
         number,
     )
-    return loss, PPOStats(*stats.detach().unbind())
-
-
-@torch.library.register_fake("fastppo::ppo_loss")
-def _(  # type: ignore[no-untyped-def]
-    new_logprobs, logprobs, advantages, response_mask, new_values, values, returns, entropy, *others
-):
-    def empty(*shape: int) -> Tensor:
-        return new_logprobs.new_empty(shape, dtype=torch.float32)
-
-    shape = new_logprobs.shape
-    return (
-        empty(),
-        empty(len(PPOStats._fields)),
-        empty(*shape),
-        empty(0) if new_values is None else empty(*shape),
-        empty(0) if entropy is None else empty(*shape),
-    )
+    return loss, PPOStats(stats)
 
 
 _NEW_LOGPROBS, _NEW_VALUES, _ENTROPY, _INPUTS = 0, 4, 7, 19  # places in the schema
+_TRAINED = (
+    _NEW_LOGPROBS,
+    _NEW_VALUES,
+    _ENTROPY,
+)  # those that were given have a row each in the op's gradients
+
+
+@torch.library.register_fake("fastppo::ppo_loss")
+def _(*inputs):  # type: ignore[no-untyped-def]
+    new_logprobs = inputs[_NEW_LOGPROBS]
+    rows = sum(inputs[place] is not None for place in _TRAINED)
+    shapes = ((), (len(PPOStats._fields),), (rows, *new_logprobs.shape))
+    return tuple(new_logprobs.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
-    ctx.dtypes = [
-        None if inputs[i] is None else inputs[i].dtype for i in (_NEW_LOGPROBS, _NEW_VALUES, _ENTROPY)
-    ]
+    _, stats, grads = output
+    ctx.save_for_backward(grads)
+    ctx.places = [(place, inputs[place].dtype) for place in _TRAINED if inputs[place] is not None]
+    ctx.mark_non_differentiable(stats, grads)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     out: list[Tensor | None] = [None] * _INPUTS
-    for place, saved, dtype in zip(
-        (_NEW_LOGPROBS, _NEW_VALUES, _ENTROPY), ctx.saved_tensors, ctx.dtypes, strict=True
-    ):
-        if dtype is not None and ctx.needs_input_grad[place]:
-            out[place] = (grad_loss * saved).to(dtype)
+    if grad_loss is None:
+        return tuple(out)
+    if torch.is_grad_enabled():
+        raise RuntimeError("ppo_loss is differentiable once: its gradient has no gradient of its own")
+    (grads,) = ctx.saved_tensors
+    grads = scaled(grads, grad_loss)
+    for (place, dtype), grad in zip(ctx.places, grads.unbind(), strict=True):
+        if ctx.needs_input_grad[place]:
+            out[place] = grad if dtype == torch.float32 else grad.to(dtype)
     return tuple(out)
 
 

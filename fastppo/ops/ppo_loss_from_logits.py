@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.ppo_loss import PPOStats
-from ._library import call, register_autograd
+from ._library import call, register_autograd, scaled
 
 __all__ = ["ppo_loss_from_logits"]
 
@@ -49,8 +49,8 @@ def ppo_loss_from_logits(
     The gradient is computed for a loss whose own gradient is 1, as ``loss.backward()`` has it, and rounded to the
     dtype of ``logits``. With another one, for example where the loss was divided by the number of micro-batches, the
     backward multiplies it in place: one more read and write, and one more rounding. ``normalizer`` does without. A
-    loss scaler's large factor comes after the rounding and rescues nothing in float16. Because of the
-    multiplication in place a second backward through the same loss is an error.
+    loss scaler's large factor comes after the rounding and rescues nothing in float16. With ``retain_graph=True``
+    the backward gives a copy, so that it can run again.
 
     Args:
         logits: (..., V) float32, bfloat16 or float16. Any strides but the last, which must be 1. Differentiable,
@@ -86,7 +86,7 @@ def ppo_loss_from_logits(
             coefficient needs is missing; the message names it.
     """
     number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
-    loss, stats, *_ = call(
+    loss, stats, _, _ = call(
         torch.ops.fastppo.ppo_loss_from_logits.default,
         logits,
         ids,
@@ -110,7 +110,7 @@ def ppo_loss_from_logits(
         torch.is_grad_enabled() and logits.requires_grad,
         number,
     )
-    return loss, PPOStats(*stats.detach().unbind())
+    return loss, PPOStats(stats)
 
 
 _LOGITS, _NEW_VALUES, _NEEDS_LOGITS, _INPUTS = 0, 5, 19, 21  # places in the schema
@@ -154,11 +154,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         )
     grad_logits, grad_new_values = ctx.saved_tensors
     if ctx.needs_input_grad[_LOGITS]:
-        torch.ops.fastppo.scale_.default(grad_logits, grad_loss)
-        if not torch.compiler.is_compiling():
-            # Kernels behind the stable ABI do not tell autograd what they wrote; a second backward has to know.
-            torch.autograd.graph.increment_version(grad_logits)
-        out[_LOGITS] = grad_logits
+        out[_LOGITS] = scaled(grad_logits, grad_loss)
     if ctx.needs_input_grad[_NEW_VALUES]:
         out[_NEW_VALUES] = (grad_loss * grad_new_values).to(ctx.values_dtype)
     return tuple(out)

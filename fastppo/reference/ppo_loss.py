@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -10,22 +11,99 @@ from torch import Tensor
 from .kl import _wide, kl_penalty
 
 
-class PPOStats(NamedTuple):
+class PPOStats:
     """Metrics of one :func:`fastppo.ops.ppo_loss` call: detached, 0-d, float32.
 
     All but ``ratio_max`` are sums over counted tokens divided by the normalizer, so they add up over
     micro-batches.
+
+    Reads as a named tuple does: by name, by place, in a loop, with ``_fields`` and ``_asdict()``. Inside it is one
+    tensor, of which a field becomes a view when it is asked for: nine of them at every call took longer than the
+    loss of a small batch. ``torch.stack`` of them all is ``stats.tensor``.
+
+    Args:
+        tensor: (9,), in the order of ``_fields``.
     """
 
-    policy_loss: Tensor
-    value_loss: Tensor
-    entropy: Tensor
-    kl: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
-    value_clip_fraction: Tensor
-    ratio: Tensor
-    ratio_max: Tensor
+    __slots__ = ("tensor",)
+    _fields = (
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "kl",
+        "approx_kl",
+        "clip_fraction",
+        "value_clip_fraction",
+        "ratio",
+        "ratio_max",
+    )
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def policy_loss(self) -> Tensor:
+        """Mean of the clipped policy term."""
+        return self.tensor[0]
+
+    @property
+    def value_loss(self) -> Tensor:
+        """Mean of the clipped value term; 0 without a critic."""
+        return self.tensor[1]
+
+    @property
+    def entropy(self) -> Tensor:
+        """Mean entropy in nats; 0 where it was not given."""
+        return self.tensor[2]
+
+    @property
+    def kl(self) -> Tensor:
+        """Mean estimate of KL(policy || reference) in nats; 0 without a reference."""
+        return self.tensor[3]
+
+    @property
+    def approx_kl(self) -> Tensor:
+        """Mean of (log ratio)^2 / 2, an estimate of how far the policy has moved, in nats."""
+        return self.tensor[4]
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        """Share of tokens whose policy term is the clipped one."""
+        return self.tensor[5]
+
+    @property
+    def value_clip_fraction(self) -> Tensor:
+        """Share of tokens whose value term is the clipped one."""
+        return self.tensor[6]
+
+    @property
+    def ratio(self) -> Tensor:
+        """Mean ratio."""
+        return self.tensor[7]
+
+    @property
+    def ratio_max(self) -> Tensor:
+        """Largest ratio of a token that counts."""
+        return self.tensor[8]
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensor.unbind())
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, place: int | slice) -> Tensor | tuple[Tensor, ...]:
+        return self.tensor.unbind()[place]
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(zip(self._fields, self, strict=True))
+
+    def __repr__(self) -> str:
+        return f"PPOStats({', '.join(f'{name}={x!r}' for name, x in self._asdict().items())})"
 
 
 def ppo_loss(
@@ -89,18 +167,18 @@ def ppo_loss(
 
     loss = policy_loss + vf_coef * value_loss - entropy_coef * entropy_mean + kl_coef * kl
     counted_ratio = torch.where(mask, ratio, 0.0)
-    stats = PPOStats(
-        policy_loss=policy_loss,
-        value_loss=value_loss,
-        entropy=entropy_mean,
-        kl=kl,
-        approx_kl=mean(0.5 * log_ratio**2),
-        clip_fraction=mean((clipped > unclipped).to(ratio.dtype)),
-        value_clip_fraction=value_clip_fraction,
-        ratio=mean(ratio),
-        ratio_max=counted_ratio.max() if counted_ratio.numel() else zero,
+    stats = (
+        policy_loss,
+        value_loss,
+        entropy_mean,
+        kl,
+        mean(0.5 * log_ratio**2),
+        mean((clipped > unclipped).to(ratio.dtype)),
+        value_clip_fraction,
+        mean(ratio),
+        counted_ratio.max() if counted_ratio.numel() else zero,
     )
-    return loss, PPOStats(*(s.detach() for s in stats))
+    return loss, PPOStats(torch.stack(stats).detach())
 
 
 def _select(x: Tensor, mask: Tensor) -> Tensor:

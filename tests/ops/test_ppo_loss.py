@@ -216,6 +216,57 @@ def test_upstream_gradient_scales():
     assert torch.equal(scaled, -4 * once)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_is_kept_can_be_gone_through_again(dtype, weight):
+    inputs, mask = draw((3, 40), dtype)
+    x = {name: t.requires_grad_(name in TRAINED) for name, t in inputs.items()}
+    positional, others = [x[name] for name in NAMES[:3]], {name: x[name] for name in NAMES[3:]}
+    loss = ops.ppo_loss(*positional, mask, **others, entropy_coef=0.1)[0] * weight
+    trained = [x[name] for name in TRAINED]
+    expected = [g.clone() for g in torch.autograd.grad(loss, trained, retain_graph=True)]
+    for keep in (True, True, False):
+        for t in trained:
+            t.grad = None
+        loss.backward(retain_graph=keep)
+        for t, want in zip(trained, expected, strict=True):
+            assert torch.equal(t.grad, want)
+            t.grad.mul_(3)  # as clipping does: the caller's own, not what the next backward gives
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    inputs, mask = draw((3, 4))
+    new_logprobs = inputs["new_logprobs"].requires_grad_()
+    loss, _ = ops.ppo_loss(new_logprobs, inputs["logprobs"], inputs["advantages"], mask)
+    with pytest.raises(RuntimeError, match="ppo_loss is differentiable once"):
+        torch.autograd.grad(loss, new_logprobs, create_graph=True)
+
+
+def test_only_what_is_trained_gets_a_gradient():
+    inputs, mask = draw((3, 4))
+    expected = loss_stats_grads(ops.ppo_loss, inputs, mask, entropy_coef=0.1)[2]
+    for name, want in zip(TRAINED, expected, strict=True):
+        x = {key: t.detach().clone().requires_grad_(key == name) for key, t in inputs.items()}
+        positional, others = [x[key] for key in NAMES[:3]], {key: x[key] for key in NAMES[3:]}
+        ops.ppo_loss(*positional, mask, **others, entropy_coef=0.1)[0].backward()
+        assert [key for key, t in x.items() if t.grad is not None] == [name]
+        assert torch.equal(x[name].grad, want)
+
+
+@pytest.mark.parametrize("twin", [ops.ppo_loss, reference.ppo_loss])
+def test_stats_read_like_a_named_tuple(twin):
+    inputs, mask = draw((3, 4))
+    _, stats, _ = loss_stats_grads(twin, inputs, mask)
+    assert isinstance(stats, ops.PPOStats) and len(stats) == 9 and stats.tensor.shape == (9,)
+    for i, (name, x) in enumerate(stats._asdict().items()):
+        assert name == stats._fields[i] and f"{name}=tensor(" in repr(stats)
+        assert x == getattr(stats, name) == stats[i] == stats.tensor[i]
+    assert [x.item() for x in stats[4:8]] == stats.tensor[4:8].tolist()
+    assert torch.equal(torch.stack([*stats]), stats.tensor)
+
+
 def test_reference_passes_gradcheck():
     inputs, mask = draw((3, 4))
     wide = {name: x.double() for name, x in inputs.items()}
@@ -269,7 +320,7 @@ def test_opcheck():
     inputs, mask = draw((3, 20))
     x = {name: t.requires_grad_(name in TRAINED) for name, t in inputs.items()}
     positional = (x["new_logprobs"], x["logprobs"], x["advantages"], mask)
-    numbers = (0.2, 0.2, None, 0.2, 0.1, 0.01, 0.1, "k3")
+    numbers = (0.2, 0.2, None, 0.2, 0.1, 0.01, 0.1, "k3", None)
     optional = (
         x["new_values"],
         x["values"],

@@ -220,13 +220,25 @@ def test_the_loss_may_be_scaled(dtype):
         assert torch.equal(scaled[1], once[1] * weight)
 
 
-def test_backward_runs_once():
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_graph_that_is_kept_can_be_gone_through_again(weight):
     logits, ids, x, mask = draw(3, 40)
     logits.requires_grad_()
-    loss, _ = ops.ppo_loss_from_logits(logits, ids, x["logprobs"], x["advantages"], mask)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    loss = ops.ppo_loss_from_logits(logits, ids, x["logprobs"], x["advantages"], mask)[0] * weight
+    (expected,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = expected.clone()
+    for keep in (True, True, False):
+        logits.grad = None
+        loss.backward(retain_graph=keep)
+        assert torch.equal(logits.grad, expected)
+        logits.grad.mul_(3)  # the caller's own, not what the next backward gives
+    with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    logits, ids, x, mask = draw(3, 40)
+    logits.requires_grad_()
     loss, _ = ops.ppo_loss_from_logits(logits, ids, x["logprobs"], x["advantages"], mask)
     with pytest.raises(RuntimeError, match="ppo_loss_from_logits is differentiable once"):
         torch.autograd.grad(loss, logits, create_graph=True)
@@ -333,7 +345,7 @@ def test_opcheck():
     tokens = (ids, x["logprobs"], x["advantages"], mask)
     critic = (x["new_values"].requires_grad_(), x["values"], x["returns"])
     logits.requires_grad_()
-    arguments = (*tokens, *critic, x["ref_logprobs"], torch.tensor(30.0), *numbers, True)
+    arguments = (*tokens, *critic, x["ref_logprobs"], torch.tensor(30.0), *numbers, True, None)
     torch.library.opcheck(op, (logits, *arguments))
     numbers = (1.0, 0.2, 0.2, None, 0.2, 0.1, 0.0, 0.0, "k1")
     arguments = (*tokens, *[None] * 5, *numbers, False, 30.0)

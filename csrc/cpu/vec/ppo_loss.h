@@ -14,7 +14,7 @@ struct PpoArgs {
   int64_t columns;
   KlEstimator kl_estimator;
   PpoCoefficients coefficients;
-  float *grad_logprobs, *grad_values, *grad_entropy; // contiguous
+  float *grad_logprobs, *grad_values, *grad_entropy; // contiguous; null where nobody asks for them
 };
 
 } // namespace fastppo

@@ -62,6 +62,10 @@ inline Vectorized<float> vsqrt(const Vectorized<float>& x) { return x.sqrt(); }
 inline Vectorized<float> vabs(const Vectorized<float>& x) { return x.abs(); }
 inline Vectorized<float> vmin(const Vectorized<float>& a, const Vectorized<float>& b) { return minimum(a, b); }
 inline Vectorized<float> vmax(const Vectorized<float>& a, const Vectorized<float>& b) { return maximum(a, b); }
+inline Vectorized<float> vclamp(
+    const Vectorized<float>& x, const Vectorized<float>& low, const Vectorized<float>& high) {
+  return clamp(x, low, high);
+}
 
 } // namespace CPU_CAPABILITY
 } // namespace at::vec
