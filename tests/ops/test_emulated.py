@@ -56,6 +56,8 @@ def adamw_step_(count):
         *state[:2], x, *state[2:], lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, step=1
     )
     return state
+
+
 def of_logits(op, *shape, dtype=torch.float32):
     """Run an op of logits and ids, or of two tensors of logits, forward and backward."""
     generator = seeded(1)
@@ -236,7 +238,10 @@ def test_the_loss_from_logits_reads_and_writes_each_row_once():
             counts = machine.counts()
             assert counts.launches == 2 + 1
             row_bytes = 8 * 4096 * 4
-            assert row_bytes * reads <= counts.bytes_loaded < row_bytes * reads + 2000
+            factor = (
+                8 * 4096 // 4 * 4
+            )  # the backward's scale_: each thread looks at the factor, for four elements
+            assert row_bytes * reads <= counts.bytes_loaded - factor < row_bytes * reads + 2500
             assert row_bytes <= counts.bytes_stored < row_bytes + 1000
 
 
