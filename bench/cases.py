@@ -6,6 +6,7 @@ one in the tests, and as a plan of launches on the emulator. `tests/cuda` demand
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,6 +257,18 @@ def ppo_loss(function: Function) -> Function:
     )[0]
 
 
+def from_logits_inputs(source: Source, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """One packed batch, in which all tokens count; the row of one that does not is only written."""
+    n, v = shape
+    logits, ids = logits_and_ids(source, shape, dtype)
+    logprobs = source.normal(n) - math.log(v)  # of what the logits above are likely to give
+    return logits, ids, logprobs, source.normal(n), torch.ones(n, dtype=torch.bool, device=source.device)
+
+
+def loss_from_logits(function: Function) -> Function:
+    return lambda *tensors: function(*tensors, normalizer=float(tensors[1].numel()))[0]
+
+
 def adamw_inputs(source: Source, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     param, grad, exp_avg, exp_avg_sq = (source.normal(*shape, dtype=dtype, scale=0.1) for _ in range(4))
     residual = torch.empty(shape, dtype=torch.int16, device=source.device)
@@ -379,6 +392,17 @@ def cases() -> list[Case]:
                 "TRL": lambda: with_gradients(trl_linear_logprobs(), 0, 1),
                 "Liger": lambda: with_gradients(liger_linear_logprobs(), 0, 1),
             },
+        ),
+        Case(
+            "ppo_loss_from_logits with gradients",
+            ("ppo_loss_from_logits", "scale_"),
+            ROWS,
+            (5, 1003),
+            BF16,
+            differentiable(from_logits_inputs, 0),
+            with_gradients(loss_from_logits(ops.ppo_loss_from_logits), 0),
+            with_gradients(loss_from_logits(reference.ppo_loss_from_logits), 0),
+            lambda shape, size: 2 * read(shape, size),
         ),
         Case(
             "kl_penalty",

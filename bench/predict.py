@@ -9,15 +9,17 @@ Times, each as if it were the only one; the longest is the bound, and the predic
   memory    bytes that must be moved / memory bandwidth
   issue     the unit that takes longest: slots, special functions, integers, fma, float64. Every byte is counted at
             the rate of the row loop that costs most per byte, so this errs on the high side
-  latency   a launch takes LAUNCH, and a byte LATENCY to come; under way are as many as the resident threads ask for
+  latency   a launch takes LAUNCH, and a byte LATENCY to come; under way are as many as the resident threads ask for in
+            a turn of the row loop, with nothing asked for between two turns, so this errs on the high side, too
 
-Not modelled: caches (inputs come from memory), clocks that fall under load, the matrix products of linear_logprobs, and
-everything the host does.
+Not modelled: caches (inputs come from memory), clocks that fall under load, the matrix products of linear_logprobs,
+what truncated sampling reads a second time, the sums at the end of a row, and everything the host does.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,12 +29,11 @@ from typing import Any
 import torch
 
 from bench.cases import Case, Source, cases
-from bench.sass import ROOM, Kernel, Loop, kernels, occupancy, resident_blocks
+from bench.sass import MASK, ROOM, UNITS, Beside, Cost, Kernel, Loop, kernels, occupancy, resident_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cuda-predicted.md"
 COMMAND = "python -m bench.predict"
-UNITS = ("slots", "special", "integer", "fma", "double")
 
 LAUNCH = 2.5e-6  # seconds from one launch on a stream to the next: an assumption, usual figures are 2 to 4 µs
 # Seconds until a byte arrives under load: an assumption. At rest about 480 cycles (arxiv.org/abs/2402.13499, table of
@@ -76,35 +77,55 @@ DEVICES = (
     Device("L4", "sm_80", "sm_89", 58, 2.04e9, 3e11, 99 << 10, rates(128, 2)),
 )
 
-# Kernels whose loop takes a careful way through a batch only where the quick one will not do: at the first batch of a
-# row and where a logit stands out. They are priced at the cheapest way through.
-MOSTLY_QUICK = {
-    *(
-        "logprobs_kernel",
-        "fold_kernel",
-        "sample_kernel",
-        "distribution_kl_kernel",
-        "ppo_loss_from_logits_kernel",
-    ),
+# Kernels with a loop over the vocabulary, priced at its quick way (bench/sass.py). They do a batch again, carefully,
+# only where the quick way will not do: at the first batch of a row and where a logit stands out.
+OVER_VOCABULARY = {
+    "logprobs_kernel",
+    "logprobs_backward_kernel",
+    "sample_kernel",
+    "distribution_kl_kernel",
+    "distribution_kl_backward_kernel",
+    "ppo_rows_kernel",
+    "fold_kernel",
+    "tile_grad_kernel",  # dearest: with a cap on the logits, which of the usual models Gemma 2 alone has
 }
+# What a turn of the row loop moves, at least, where others read parts of a row again: the drawn tile, candidates.
+ROW_TURN = {"sample_kernel": 64}
+# Beside a mask: a number for each batch that a thread takes, its maximum.
+BESIDE = {"sample_kernel": MASK | {("STG", 4)}}
 NAMES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
 
+def beside(kernel: Kernel) -> Beside:
+    return BESIDE.get(kernel.base, MASK)
+
+
 def vector_loops(kernel: Kernel) -> list[Loop]:
-    """Row loops with 16-byte accesses; every kernel may read a mask, 8 bools at a time."""
-    return [loop for loop in kernel.loops if loop.is_vector(mask=True)]
+    """Loops with 16-byte accesses."""
+    return [loop for loop in kernel.loops if loop.is_vector(beside(kernel))]
+
+
+def row_loops(kernel: Kernel) -> list[Loop]:
+    """Those of them that take whole rows."""
+    least = ROW_TURN.get(kernel.base, 0)
+    return [loop for loop in vector_loops(kernel) if loop.quick(beside(kernel)).moved >= least]
+
+
+def cost(kernel: Kernel, loop: Loop, unit: str) -> Cost:
+    """Of the way through a row loop that counts."""
+    if kernel.base in OVER_VOCABULARY:
+        return loop.quick(beside(kernel))
+    return loop.dearest(unit, beside(kernel))
 
 
 def per_byte(kernel: Kernel, unit: str) -> float:
     """Of the row loop that takes most."""
-    cheapest = kernel.base in MOSTLY_QUICK
-    costs = (loop.cost(unit, mask=True, cheapest=cheapest) for loop in vector_loops(kernel))
-    return max((cost.per_byte(unit) for cost in costs), default=0.0)
+    return max((cost(kernel, loop, unit).per_byte(unit) for loop in row_loops(kernel)), default=0.0)
 
 
 def in_flight(kernel: Kernel) -> int:
     """Bytes that a thread has under way, of the row loop with the fewest that loads at all."""
-    return min((b for b in (loop.in_flight(mask=True) for loop in vector_loops(kernel)) if b), default=0)
+    return min((b for b in (loop.in_flight(beside(kernel)) for loop in row_loops(kernel)) if b), default=0)
 
 
 @dataclass(frozen=True)
@@ -131,31 +152,41 @@ class Prediction:
 def predict(case: Case, device: Device, found: list[Kernel]) -> Prediction:
     """`found`: the library's kernels of the device's architecture."""
     moved = case.bytes_moved()
-    launches = launches_of(case, device)
+    launches, read = launches_of(case, device)
+    # Where some go over a vocabulary, the others move a number per row.
+    moving = [launch for launch in launches if launch.kernel in OVER_VOCABULARY] or launches
     units = dict.fromkeys(UNITS, 0.0)
-    under_way = 1e30
-    for launch in launches:
-        for kernel in instances(found, launch.kernel, case.dtype):
+    under_way = float("inf")
+    for launch in moving:
+        for kernel in instances(found, launch, case.dtype):
             for unit in UNITS:
                 units[unit] = max(units[unit], moved * per_byte(kernel, unit) / device.per_byte(unit))
             if in_flight(kernel):
-                room = ROOM[device.room]
-                fit = resident_blocks(
-                    room, launch.threads, kernel.registers, kernel.shared, launch.dynamic_shared
-                )
-                blocks = min(launch.blocks, fit * device.multiprocessors)
-                under_way = min(under_way, blocks * launch.threads * in_flight(kernel))
+                under_way = min(under_way, resident_threads(launch, kernel, device) * in_flight(kernel))
     unit = max(units, key=lambda name: units[name])
     memory = moved / device.bandwidth
     issue = units[unit] / device.bandwidth
-    latency = len(launches) * LAUNCH + moved / under_way * LATENCY
+    # Nobody waits for a store.
+    latency = len(launches) * LAUNCH + read * moved / under_way * LATENCY
     return Prediction(memory, issue, unit, latency, len(launches))
 
 
-def instances(found: list[Kernel], base: str, dtype: torch.dtype) -> list[Kernel]:
-    """Kernels of a name, those for the dtype where it is a template argument."""
-    named = [kernel for kernel in found if kernel.base == base]
-    return [kernel for kernel in named if NAMES[dtype] in kernel.name.partition("<")[2]] or named
+def resident_threads(launch: Any, kernel: Kernel, device: Device) -> int:
+    """Threads of a launch that the device holds at once."""
+    room = ROOM[device.room]
+    fit = resident_blocks(room, launch.threads, kernel.registers, kernel.shared, launch.dynamic_shared)
+    return min(launch.blocks, fit * device.multiprocessors) * launch.threads
+
+
+def instances(found: list[Kernel], launch: Any, dtype: torch.dtype) -> list[Kernel]:
+    """Kernels that a launch may mean: those for the dtype and with the flags that are template arguments."""
+    named = [kernel for kernel in found if kernel.base == launch.kernel]
+    typed = [kernel for kernel in named if NAMES[dtype] in kernel.name.partition("<")[2]] or named
+    return [kernel for kernel in typed if flags_of(kernel) == launch.flags]
+
+
+def flags_of(kernel: Kernel) -> tuple[str, ...]:
+    return tuple(re.findall(r"\b(?:true|false)\b", kernel.name))
 
 
 def emulator() -> Any:
@@ -166,17 +197,24 @@ def emulator() -> Any:
     return backends
 
 
-LAUNCHES: dict[tuple[str, int], list[Any]] = {}
+LAUNCHES: dict[tuple[str, int], tuple[list[Any], float]] = {}
 
 
-def launches_of(case: Case, device: Device) -> list[Any]:
-    """What the op launches at this size. Nothing runs, so the arguments' memory is never touched."""
+def launches_of(case: Case, device: Device) -> tuple[list[Any], float]:
+    """What the op launches at this size, and which share of what it moves is read.
+
+    Nothing runs at this size, so the arguments' memory is never touched. The share is that of the case's tiny shape.
+    """
     key = (case.label, device.max_shared)
     if key not in LAUNCHES:
-        arguments = case.arguments(Source(untouched=True))
+        arguments, few = case.arguments(Source(untouched=True)), case.arguments(Source(), tiny=True)
         with emulator().emulated() as machine:
             machine.set(max_shared=device.max_shared)
-            LAUNCHES[key] = machine.planned(lambda: case.ours(*arguments))
+            launches = machine.planned(lambda: case.ours(*arguments))
+            machine.counts()
+            case.ours(*few)
+            counts = machine.counts()
+        LAUNCHES[key] = launches, counts.bytes_loaded / (counts.bytes_loaded + counts.bytes_stored)
     return LAUNCHES[key]
 
 

@@ -14,10 +14,15 @@ What one turn of it costs
     A body has more than one way through: rows that are not aligned are read one element at a time, a dtype or an
     estimator is chosen by a switch. A way counts when it goes from the header back to it with all global accesses 16
     bytes wide, a load if the loop has any, and a store if it has any. Blocks with narrower accesses, or that call a
-    64-bit division, are left out where the rest still has such a way; a loop that then has none is *narrow*. Costs are
-    of the dearest way: the one with the most instructions (or operations of some kind) per byte moved; or of the
-    cheapest, for loops that do a batch again where the quick way through it will not do. Each instruction counts one
-    issue slot, predicated or not.
+    64-bit division, are left out where the rest still has such a way; a loop that then has none is *narrow*. Accesses
+    `beside` are as good as wide ones: a mask of 8 bools is 8 bytes. Each instruction counts one issue slot, predicated
+    or not. Three ways are of interest:
+    dearest   the one with the most instructions (or operations of some kind) per byte moved
+    quick     the one with the fewest instructions: rows begin on 16 bytes and no batch is done again, no optional
+              argument is there. What loops over a vocabulary nearly always take
+    shifted   of those that load the most, the one with the fewest instructions: rows that begin elsewhere (an odd
+              vocabulary), whose vectors are put together from two loads. It does the quick way's work, so it is counted
+              per byte of that
 
 Operations are counted by the unit that runs them, because that is what has a rate:
     special   exponentials, reciprocals, and conversions between integers and floats: 16 per clock and multiprocessor
@@ -37,8 +42,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 # --- NVIDIA's tools ---------------------------------------------------------------------------------------------------
 
@@ -64,53 +70,28 @@ def output_of(command: list[str]) -> str:
 
 # --- instructions -----------------------------------------------------------------------------------------------------
 
-SPECIAL = {"MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO", "BREV", "I2FP.F64"}
+SPECIAL = {"MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO", "BREV"}
 FMA = {"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2", "IMAD", "IDP", "FSWZADD"}
 DOUBLE = {"DADD", "DMUL", "DFMA", "DSETP", "DMNMX"}
 # What takes an issue slot and none of the units above: memory, control, uniform registers and their like.
+CONTROL = """
+    BAR BMOV BRA BREAK BRX BRXU BSSY BSYNC CALL CCTL DEPBAR ELECT ERRBAR EXIT FENCE JMP JMX KILL LEPC MEMBAR NANOSLEEP
+    NOP PREEXIT RET RPCMOV WARPSYNC YIELD ACQBULK CGAERRBAR UCGABAR_ARV UCGABAR_WAIT B2R R2B LDGDEPBAR SYNCS
+    ENDCOLLECTIVE"""
 OTHER = {
-    *(
-        "BAR",
-        "BMOV",
-        "BRA",
-        "BREAK",
-        "BRX",
-        "BRXU",
-        "BSSY",
-        "BSYNC",
-        "CALL",
-        "CCTL",
-        "DEPBAR",
-        "ELECT",
-        "ERRBAR",
-    ),
-    *(
-        "EXIT",
-        "FENCE",
-        "JMP",
-        "JMX",
-        "KILL",
-        "LEPC",
-        "MEMBAR",
-        "NANOSLEEP",
-        "NOP",
-        "PREEXIT",
-        "RET",
-        "RPCMOV",
-    ),
-    *(
-        "WARPSYNC",
-        "YIELD",
-        "ACQBULK",
-        "CGAERRBAR",
-        "UCGABAR_ARV",
-        "UCGABAR_WAIT",
-        "B2R",
-        "R2B",
-        "LDGDEPBAR",
-        "SYNCS",
-    ),
-    *("CS2R", "S2R", "S2UR", "R2UR", "VOTE", "VOTEU", "MATCH", "REDUX", "SHFL", "LDC", "LDCU", "ULDC"),
+    *CONTROL.split(),
+    "CS2R",
+    "S2R",
+    "S2UR",
+    "R2UR",
+    "VOTE",
+    "VOTEU",
+    "MATCH",
+    "REDUX",
+    "SHFL",
+    "LDC",
+    "LDCU",
+    "ULDC",
 }
 GLOBAL_LOADS, GLOBAL_STORES = {"LDG", "LDGSTS"}, {"STG"}
 GLOBAL_ATOMICS = {"ATOM", "ATOMG", "RED", "REDG"}
@@ -120,6 +101,12 @@ GENERIC = {
 }  # an address whose kind the compiler could not tell: as slow as global memory, so counted there
 LOCAL = {"LDL", "STL"}
 SHARED = {"LDS", "STS", "LDSM"}
+MEMORY = GLOBAL_LOADS | GLOBAL_STORES | GLOBAL_ATOMICS | GENERIC | LOCAL | SHARED | {"ATOMS"}
+
+# Accesses beside 16-byte ones that a row loop may have: (instruction, bytes).
+Beside = frozenset[tuple[str, int]]
+NOTHING: Beside = frozenset()
+MASK: Beside = frozenset({("LDG", 8)})  # 8 bools
 
 
 @dataclass(frozen=True)
@@ -131,25 +118,28 @@ class Instruction:
     opcode: str  # with its modifiers: "LDG.E.128.CONSTANT"
     operands: str
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.opcode.partition(".")[0]
 
-    @property
+    @functools.cached_property
     def unit(self) -> str:
         name = self.name
         if name in SPECIAL:
             return "special"
-        if name in DOUBLE or (name in ("F2F", "I2F", "F2I") and ".F64" in self.opcode):
+        if name in DOUBLE:
             return "double"
         if name in FMA:
             return "fma"
-        memory = GLOBAL_LOADS | GLOBAL_STORES | GLOBAL_ATOMICS | GENERIC | LOCAL | SHARED | {"ATOMS"}
-        if name in OTHER or name in memory or (name.startswith("U") and name != "UNDEF"):
+        if name in OTHER or name in MEMORY or (name.startswith("U") and name != "UNDEF"):
             return "other"
         return "integer"
 
-    @property
+    @functools.cached_property
+    def is_global(self) -> bool:
+        return self.name in GLOBAL_LOADS | GLOBAL_STORES | GLOBAL_ATOMICS | GENERIC
+
+    @functools.cached_property
     def width(self) -> int:
         """Bytes that one thread moves."""
         for modifier in reversed(self.opcode.split(".")):
@@ -180,6 +170,21 @@ class Block:
 
     instructions: list[Instruction]
     next: list[int] = field(default_factory=list)
+
+    @functools.cached_property
+    def accesses(self) -> list[Instruction]:
+        return [one for one in self.instructions if one.is_global]
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        return cost_of(self.instructions)
+
+    @functools.cached_property
+    def calls(self) -> bool:
+        return any(one.name == "CALL" for one in self.instructions)
+
+    def is_narrow(self, beside: Beside) -> bool:
+        return any(one.width < 16 and (one.name, one.width) not in beside for one in self.accesses)
 
 
 def blocks_of(lines: list[str]) -> tuple[list[Block], dict[str, int]]:
@@ -243,7 +248,7 @@ def dominators(blocks: list[Block], entry: int = 0) -> list[set[int]]:
         for place in order:
             if place == entry:
                 continue
-            sets = [result[other] for other in before[place] if other in result[entry] or other in order]
+            sets = [result[other] for other in before[place] if other in order]
             merged = set.intersection(*sets) | {place} if sets else {place}
             if merged != result[place]:
                 result[place], changed = merged, True
@@ -309,19 +314,6 @@ def cost_of(instructions: Iterable[Instruction]) -> Cost:
     return Cost(**counts)
 
 
-def is_global(one: Instruction) -> bool:
-    return one.name in GLOBAL_LOADS | GLOBAL_STORES | GLOBAL_ATOMICS | GENERIC
-
-
-def is_narrow(block: Block, mask: bool) -> bool:
-    """Whether a block accesses global memory in less than 16 bytes; `mask`: 8-byte loads, of 8 bools, are as good."""
-    return any(
-        one.width < 16 and not (mask and one.name == "LDG" and one.width == 8)
-        for one in block.instructions
-        if is_global(one)
-    )
-
-
 @dataclass
 class Loop:
     """A row loop."""
@@ -339,96 +331,119 @@ class Loop:
     def last(self) -> int:
         return max(self.blocks[place].instructions[-1].address for place in self.body)
 
+    @functools.cached_property
     def accesses(self) -> list[Instruction]:
-        return [
-            one for place in sorted(self.body) for one in self.blocks[place].instructions if is_global(one)
-        ]
+        return [one for place in sorted(self.body) for one in self.blocks[place].accesses]
 
-    def ways(self, mask: bool) -> set[int]:
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """The body, each block before those it leads to."""
+        return [place for place in reachable(self.blocks, self.header) if place in self.body]
+
+    @functools.cached_property
+    def known(self) -> dict[object, Any]:
+        return {}
+
+    def ways(self, beside: Beside = NOTHING) -> set[int]:
         """Return the blocks that count (see the top), or none where every way has narrow accesses."""
-        kept = {place for place in self.body if not is_narrow(self.blocks[place], mask)}
-        calling = {
-            place for place in kept if any(one.name == "CALL" for one in self.blocks[place].instructions)
-        }
-        for allowed in (kept - calling, kept):
-            if self.extreme(allowed, "slots") is not None:
-                return allowed
-        return set()
+        if beside not in self.known:
+            kept = {place for place in self.body if not self.blocks[place].is_narrow(beside)}
+            calling = {place for place in kept if self.blocks[place].calls}
+            choices = (
+                allowed for allowed in (kept - calling, kept) if self.heaviest(allowed, lambda cost: 0)
+            )
+            self.known[beside] = next(choices, set())
+        return self.known[beside]
 
-    def is_vector(self, mask: bool = False) -> bool:
-        return bool(self.ways(mask))
+    def is_vector(self, beside: Beside = NOTHING) -> bool:
+        return bool(self.ways(beside))
 
-    def cost(self, unit: str = "slots", mask: bool = False, cheapest: bool = False) -> Cost:
-        """Return the cost of the way that takes the most (or least) of a unit per byte moved."""
-        found = self.extreme(self.ways(mask), unit, -1 if cheapest else 1)
-        assert found is not None, "a narrow loop has no cost"
-        return cost_of(one for place in found for one in self.blocks[place].instructions)
-
-    def in_flight(self, mask: bool = False) -> int:
-        """Return the bytes that a thread has asked for before it waits for any of them, at most, in one turn."""
-        found = self.extreme(self.ways(mask), "slots", -1)
-        assert found is not None, "a narrow loop has no cost"
-        return bytes_in_flight([one for place in found for one in self.blocks[place].instructions])
-
-    def extreme(self, allowed: set[int], unit: str, sign: int = 1) -> list[int] | None:
-        """Return the way with the most (sign 1) or least (-1) of a unit per byte moved.
+    def dearest(self, unit: str = "slots", beside: Beside = NOTHING) -> Cost:
+        """Return the cost of the way that takes the most of a unit per byte moved.
 
         An extreme of a ratio of two sums over a way: Dinkelbach's method, which asks again and again for the way with
-        the extreme sum of unit - ratio * bytes.
+        the largest sum of unit - ratio * bytes.
         """
-        if self.header not in allowed:
-            return None
-        costs = {place: cost_of(self.blocks[place].instructions) for place in allowed}
-        ratio, best = 0.0, None
-        while True:
-            # The first time every byte weighs: the way that moves the most is as good a start as any.
-            weights = {
-                place: sign * (getattr(c, unit) - ratio * c.moved) if best else c.moved
-                for place, c in costs.items()
-            }
-            way = self.heaviest(allowed, weights)
-            if way is None:
-                return None
-            total = sum((costs[place] for place in way), Cost())
-            if best is not None and sign * (total.per_byte(unit) - ratio) <= 1e-9:
-                return best
-            ratio, best = total.per_byte(unit), way
+        if (unit, beside) not in self.known:
+            # Every byte weighs at first: the way that moves the most is as good a start as any.
+            best, ratio = self.way(beside, lambda cost: cost.moved), 0.0
 
-    def heaviest(self, allowed: set[int], weights: dict[int, float]) -> list[int] | None:
+            def excess(cost: Cost) -> float:
+                return getattr(cost, unit) - ratio * cost.moved
+
+            while best.per_byte(unit) - ratio > 1e-9:
+                ratio = best.per_byte(unit)
+                best = self.way(beside, excess)
+            self.known[unit, beside] = best
+        return self.known[unit, beside]
+
+    def quick(self, beside: Beside = NOTHING) -> Cost:
+        return self.way(beside, lambda cost: -cost.slots)
+
+    def shifted(self, beside: Beside = NOTHING) -> Cost:
+        """What the way of unaligned rows takes, with the bytes of the quick one."""
+        most = 1e6  # instructions to a byte
+        found = self.way(beside, lambda cost: most * cost.loaded - cost.slots)
+        quick = self.quick(beside)
+        return replace(found, loaded=quick.loaded, stored=quick.stored)
+
+    def in_flight(self, beside: Beside = NOTHING) -> int:
+        """Return the bytes that a thread has asked for before it waits for any of them, in a turn of the quick way."""
+        way = self.heaviest(self.ways(beside), lambda cost: -cost.slots)
+        assert way is not None, "a narrow loop has no cost"
+        return bytes_in_flight([one for place in way for one in self.blocks[place].instructions])
+
+    def way(self, beside: Beside, weight: Callable[[Cost], float]) -> Cost:
+        found = self.heaviest(self.ways(beside), weight)
+        assert found is not None, "a narrow loop has no cost"
+        return sum((self.blocks[place].cost for place in found), Cost())
+
+    def heaviest(self, allowed: set[int], weight: Callable[[Cost], float]) -> list[int] | None:
         """Return the way around the loop with the largest sum of weights that counts.
 
         A way is known by where it is and by whether it has made a 16-byte load, and a store: where the loop has any, it
         must. Loops inside, which have no accesses of their own, are gone through once.
         """
-        loads = any(one.name in GLOBAL_LOADS and one.width >= 16 for one in self.accesses())
-        stores = any(one.name in GLOBAL_STORES for one in self.accesses())
-        if not loads and not any(one.name in GLOBAL_STORES and one.width >= 16 for one in self.accesses()):
+        if self.header not in allowed:
             return None
-        best: dict[tuple[int, bool, bool], tuple[float, list[int]]] = {}
-        for place in reachable(self.blocks, self.header):
+        loads = any(one.name in GLOBAL_LOADS and one.width >= 16 for one in self.accesses)
+        stores = any(one.name in GLOBAL_STORES for one in self.accesses)
+        if not loads and not any(one.name in GLOBAL_STORES and one.width >= 16 for one in self.accesses):
+            return None
+        before: dict[int, list[int]] = {place: [] for place in allowed}
+        for place in allowed:
+            for other in self.blocks[place].next:
+                if other in before and other not in (self.header, place):
+                    before[other].append(place)
+        # By block and what was met on the way: the sum, and where it came from.
+        State = tuple[int, bool, bool]  # noqa: N806
+        best: dict[State, tuple[float, State | None]] = {}
+        for place in self.order:
             if place not in allowed:
                 continue
-            wide, store = False, False
-            for one in self.blocks[place].instructions:
-                wide = wide or (one.name in GLOBAL_LOADS and one.width >= 16)
-                store = store or one.name in GLOBAL_STORES
-            arriving = [
-                (state, found)
-                for state, found in best.items()
-                if place in self.blocks[state[0]].next and place != self.header
-            ]
+            block = self.blocks[place]
+            wide = any(one.name in GLOBAL_LOADS and one.width >= 16 for one in block.accesses)
+            store = any(one.name in GLOBAL_STORES for one in block.accesses)
+            own = weight(block.cost)
             if place == self.header:
-                arriving = [((place, False, False), (0.0, []))]
-            for (_, had_wide, had_store), (weight, way) in arriving:
-                state = (place, had_wide or wide, had_store or store)
-                if state not in best or best[state][0] < weight + weights[place]:
-                    best[state] = (weight + weights[place], [*way, place])
-        ends = [
-            found
-            for (place, wide, store), found in best.items()
-            if place in self.latches and wide >= loads and store >= stores
-        ]
-        return max(ends, key=lambda end: end[0])[1] if ends else None
+                best[place, wide, store] = (own, None)
+            for other in before[place]:
+                for had_wide in (False, True):
+                    for had_store in (False, True):
+                        if (found := best.get((other, had_wide, had_store))) is None:
+                            continue
+                        state = (place, had_wide or wide, had_store or store)
+                        if state not in best or best[state][0] < found[0] + own:
+                            best[state] = (found[0] + own, (other, had_wide, had_store))
+        ends = [s for s in best if s[0] in self.latches and s[1] >= loads and s[2] >= stores]
+        if not ends:
+            return None
+        way: list[int] = []
+        at: State | None = max(ends, key=lambda end: best[end][0])
+        while at is not None:
+            way.append(at[0])
+            at = best[at][1]
+        return way[::-1]
 
 
 def bytes_in_flight(way: list[Instruction]) -> int:
@@ -467,7 +482,7 @@ def loops_of(blocks: list[Block]) -> list[Loop]:
                         stack += before[one]
 
     def touches(places: set[int]) -> bool:
-        return any(is_global(one) for place in places for one in blocks[place].instructions)
+        return any(blocks[place].accesses for place in places)
 
     found = []
     for header, (body, latches) in sorted(bodies.items()):
@@ -654,7 +669,10 @@ def occupancy(kernel: Kernel, dynamic_shared: int = 0) -> float:
 # --- a look ----------------------------------------------------------------------------------------------------------
 
 
-def describe(kernel: Kernel, mask: Callable[[Kernel], bool] = lambda _: True) -> str:
+UNITS = ("slots", "special", "integer", "fma", "double")
+
+
+def describe(kernel: Kernel, beside: Beside = MASK) -> str:
     """Return a few lines on a kernel and its row loops, for a person."""
     lines = [
         f"{kernel.arch} {kernel.name}: {kernel.registers} registers, {kernel.stack} bytes of local memory, "
@@ -663,22 +681,23 @@ def describe(kernel: Kernel, mask: Callable[[Kernel], bool] = lambda _: True) ->
     ]
     for loop in kernel.loops:
         place = f"  {loop.first:#06x}..{loop.last:#06x}"
-        if not loop.is_vector(mask(kernel)):
-            widths = sorted({(one.name, one.width) for one in loop.accesses()})
+        if not loop.is_vector(beside):
+            widths = sorted({(one.name, one.width) for one in loop.accesses})
             lines.append(f"{place} narrow: " + ", ".join(f"{name} of {width}" for name, width in widths))
             continue
-        cost = loop.cost("slots", mask(kernel))
-
-        def rates(cheapest: bool, loop: Loop = loop) -> str:
-            units = ("slots", "special", "integer", "fma", "double")
-            return ", ".join(
-                f"{2 * loop.cost(unit, mask(kernel), cheapest).per_byte(unit):.2f} {unit}" for unit in units
-            )
-
+        quick = loop.quick(beside)
+        ways = {
+            "quick": dict.fromkeys(UNITS, quick),
+            "shifted": {unit: loop.shifted(beside) for unit in UNITS},
+            "dearest": {unit: loop.dearest(unit, beside) for unit in UNITS},
+        }
         lines.append(
-            f"{place} {cost.loaded:.0f} bytes in, {cost.stored:.0f} out, {loop.in_flight(mask(kernel))} in flight"
-            f"\n    per 2 bytes, dearest way:  {rates(False)}\n    per 2 bytes, cheapest way: {rates(True)}"
+            f"{place} {quick.loaded:.0f} bytes in, {quick.stored:.0f} out, {loop.in_flight(beside)} in flight; "
+            "per 2 bytes:"
         )
+        for name, costs in ways.items():
+            rates = ", ".join(f"{2 * cost.per_byte(unit):.2f} {unit}" for unit, cost in costs.items())
+            lines.append(f"    {name:8} {rates}")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,12 +107,13 @@ class Counts(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch as the launcher in csrc/cuda asked for it; `kernel` without template arguments."""
+    """One launch as the launcher in csrc/cuda asked for it; `kernel` without template arguments, but for flags."""
 
     kernel: str
     blocks: int
     threads: int
     dynamic_shared: int
+    flags: tuple[str, ...] = ()  # "true", "false"
 
 
 class Emulator:
@@ -154,8 +156,9 @@ class Emulator:
         found = []
         for line in lines:
             kernel, *numbers = line.split("\t")
-            name = kernel.strip("() ").partition("<")[0].rpartition("::")[2]
-            found.append(Launch(name, *map(int, numbers)))
+            name, _, arguments = kernel.strip("() ").partition("<")
+            flags = tuple(re.findall(r"\b(?:true|false)\b", arguments))
+            found.append(Launch(name.rpartition("::")[2], *map(int, numbers), flags))
         return found
 
     def ops(self) -> list[str]:

@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_moment(
   store_group(moment.half, first, bits);
 }
 
-__global__ void __launch_bounds__(kAdamwThreads) adamw_kernel(const AdamwArgs args) {
+__global__ void __launch_bounds__(kAdamwThreads, 3) adamw_kernel(const AdamwArgs args) {
   AdamwSettings settings = args.settings;
   settings.grad_scale = static_cast<float>(args.grad_scale * args.grad_scale_number.value());
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kAdamwThreads;

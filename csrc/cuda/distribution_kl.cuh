@@ -174,7 +174,7 @@ struct Base2KlGrad {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kRowThreads, kBlocksPerMultiprocessor - 1) // two rows in, two out: 80 registers
     distribution_kl_backward_kernel(const DistributionKlBackwardArgs<T> args) {
   for_parts(args.split, [&](int64_t row, int64_t, int64_t first, int64_t columns) {
     const int64_t begin = row * args.split.columns + first;

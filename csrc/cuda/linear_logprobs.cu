@@ -28,10 +28,6 @@ int64_t columns_per_tile(int64_t rows, ScalarType dtype, int64_t vocabulary) {
 
 unsigned blocks_for(int64_t tasks) { return static_cast<unsigned>(std::clamp<int64_t>(tasks, 1, kMostBlocks)); }
 
-unsigned blocks_for_elements(int64_t count) {
-  return static_cast<unsigned>(std::clamp<int64_t>(count / (kRowThreads * kElements), 1, 2048));
-}
-
 OptionalTensor contiguous_or_none(const OptionalTensor& x) {
   return x ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
 }
@@ -109,7 +105,7 @@ void accumulate(
       first_row,
       grads != nullptr,
       grads != nullptr ? *grads : RowGrads{}};
-  FASTPPO_LAUNCH((accumulate_kernel<T>), blocks_for_elements(count), kRowThreads, 0, on.stream, args);
+  FASTPPO_LAUNCH((accumulate_kernel<T>), blocks_for(product.size(0)), kRowThreads, 0, on.stream, args);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(

@@ -43,13 +43,12 @@ struct HeadRows {
                              : head.softcap * tanhf(biased * (head.logit_scale / head.softcap));
   }
 
-  // A batch of a tile whose columns begin at first_column; the places past its end hold -inf and keep it.
+  // A batch of products that begins at `first` of a part of a row, whose biases are `part` (null: there are none).
   template <int N>
-  __device__ __forceinline__ void map(float (&x)[N], int64_t first, int64_t columns, int64_t first_column) const {
-    constexpr int kPer = kPerVector<T>;
-    if (bias) {
+  __device__ __forceinline__ void to_logits(float (&x)[N], int64_t first, const Span<const T>& part) const {
+    if (part) {
       float biases[N];
-      load_batch(bias.part(first_column, columns), first, biases, 0.0f);
+      load_batch(part, first, biases, 0.0f);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         x[i] += biases[i];
@@ -66,6 +65,18 @@ struct HeadRows {
         x[i] *= head.logit_scale;
       }
     }
+  }
+
+  // Biases of the columns [first, first + size).
+  __device__ __forceinline__ Span<const T> biases(int64_t first, int64_t size) const {
+    return bias ? bias.part(first, size) : Span<const T>();
+  }
+
+  // A batch of a tile whose columns begin at first_column; the places past its end hold -inf and keep it.
+  template <int N>
+  __device__ __forceinline__ void map(float (&x)[N], int64_t first, int64_t columns, int64_t first_column) const {
+    constexpr int kPer = kPerVector<T>;
+    to_logits(x, first, biases(first_column, columns));
     const int64_t left = columns - first; // a cap and a scale below 0 leave nothing at -inf
     if (left < (N / kPer - 1) * int64_t{kRowThreads * kPer} + kPer) {
 #pragma unroll
@@ -149,7 +160,8 @@ struct TileGradArgs {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, kBlocksPerMultiprocessor) tile_grad_kernel(const TileGradArgs<T> args) {
+__global__ void __launch_bounds__(kRowThreads, kBlocksPerMultiprocessor - 1) // a bias and a cap: 80 registers
+    tile_grad_kernel(const TileGradArgs<T> args) {
   const Tile<T>& tile = args.tile;
   for (int64_t i = blockIdx.x; i < tile.rows; i += gridDim.x) {
     const int64_t row = tile.first_row + i;
@@ -172,10 +184,26 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksPerMultiprocessor) tile_gr
       __syncthreads(); // before another thread overwrites it
     }
     const Base2Grad in_base_2(grad);
-    map_row(products, products, [&](float product, int64_t column) {
-      const float logit = args.head(product, tile.first_column + column);
-      return args.head.through(logit, in_base_2(logit));
-    });
+    map_batches(
+        products, products,
+        [&](float product, int64_t column) {
+          const float logit = args.head(product, tile.first_column + column);
+          return args.head.through(logit, in_base_2(logit));
+        },
+        [&](float (&x)[kHalfBatch<T>], int64_t first, int64_t rest) {
+          args.head.to_logits(x, first, args.head.biases(tile.first_column + rest, tile.columns - rest));
+          if (args.head.head.softcap == 0) { // not in through(), which would divide by the cap in any case
+#pragma unroll
+            for (float& one : x) {
+              one = args.head.head.logit_scale * in_base_2(one);
+            }
+          } else {
+#pragma unroll
+            for (float& one : x) {
+              one = args.head.through(one, in_base_2(one));
+            }
+          }
+        });
     if (has_picked) {
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -199,34 +227,36 @@ struct AccumulateArgs {
 
 constexpr int kElements = 8; // per thread and step
 
+// A block per row: whether a row has a gradient is asked once.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) accumulate_kernel(const AccumulateArgs<T> args) {
-  const int64_t step = int64_t{gridDim.x} * kRowThreads * kElements;
-  for (int64_t first = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) * kElements; first < args.product.size;
-       first += step) {
-    float x[kElements];
-    load_floats(args.product, first, x, 0.0f);
-    if (!args.is_first) {
-      float before[kElements];
-      load_floats(args.sum, first, before, 0.0f);
+__global__ void __launch_bounds__(kRowThreads, 5) accumulate_kernel(const AccumulateArgs<T> args) {
+  const int64_t width = args.width, rows = args.product.size / width;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const Span<const T> product = args.product.part(row * width, width);
+    const Span<float> sum = args.sum ? args.sum.part(row * width, width) : Span<float>();
+    const Span<T> out = args.out ? args.out.part(row * width, width) : Span<T>();
+    const bool is_zero = static_cast<bool>(out) && args.zero_inactive && !args.grads.active(args.first_row + row);
+    for (int64_t first = threadIdx.x * kElements; first < width; first += kRowThreads * kElements) {
+      float x[kElements];
+      load_floats(product, first, x, 0.0f);
+      if (!args.is_first) {
+        float before[kElements];
+        load_floats(sum, first, before, 0.0f);
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        x[i] += before[i];
-      }
-    }
-    if (!args.out) {
-      store_floats(args.sum, first, x);
-      continue;
-    }
-    if (args.zero_inactive) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        if (first + i < args.product.size && !args.grads.active(args.first_row + (first + i) / args.width)) {
-          x[i] = 0;
+        for (int i = 0; i < kElements; ++i) {
+          x[i] += before[i];
         }
       }
+      if (!out) {
+        store_floats(sum, first, x);
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        x[i] = is_zero ? 0.0f : x[i];
+      }
+      store_floats(out, first, x);
     }
-    store_floats(args.out, first, x);
   }
 }
 

@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kRowThreads) ppo_rows_kernel(const PpoRowsArgs
 // ---------------------------------------------------------------------------------------------------------------
 
 constexpr int kScaleThreads = 256;
-constexpr int64_t kScaleBlocks = 1 << 16; // at most
+constexpr int64_t kScaleBlocks = 1 << 11; // at most: where the factor is 1, starting them is all that is done
 
 // x *= factor. Where the factor is 1 nothing is read or written: the host cannot know it without waiting.
 template <class T>

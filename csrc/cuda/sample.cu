@@ -9,9 +9,6 @@
 namespace fastppo::cuda {
 namespace {
 
-// A multiprocessor has 100 KB or more; above this the maxima would keep a second block away.
-constexpr int64_t kMostSharedMaxima = 32 << 10;
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_cuda(
     const Tensor& logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t seed,
     const Tensor& counters) {
@@ -32,10 +29,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_cuda(
   const OnDevice on(logits);
   const SampleSplit split(rows, vocabulary);
   const bool splits = split.splits > 1;
-  const int64_t maxima_bytes = split.maxima() * static_cast<int64_t>(sizeof(float));
-  const bool shared_maxima = !splits && maxima_bytes <= kMostSharedMaxima;
   const Tensor tiles = scratch<TileSums>(logits, splits ? rows * split.tiles : 0);
-  const Tensor maxima = scratch<float>(logits, truncates && !shared_maxima ? rows * split.maxima() : 0);
+  const Tensor maxima = scratch<float>(logits, truncates ? rows * split.maxima() : 0);
   const auto arrived = splits ? std::make_optional(counters_at_zero(logits, rows, on)) : std::nullopt;
   const HeldPerRow<int64_t> counter_rows(counters);
   with_element(logits.scalar_type(), [&](auto type) {
@@ -58,12 +53,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_cuda(
         floats(entropy),
         span_of<TileSums>(tiles),
         arrived ? span_of<unsigned>(*arrived).data : nullptr,
-        shared_maxima ? Span<float>() : span_of<float>(maxima)};
+        span_of<float>(maxima)};
     const auto blocks = static_cast<unsigned>(rows * split.splits);
     const unsigned threads = 32 * split.warps;
     if (truncates) {
-      const int64_t bytes = kHistogramBytes + (shared_maxima ? maxima_bytes : 0);
-      FASTPPO_LAUNCH((sample_kernel<T, true>), blocks, threads, bytes, on.stream, args);
+      FASTPPO_LAUNCH((sample_kernel<T, true>), blocks, threads, kHistogramBytes, on.stream, args);
     } else {
       FASTPPO_LAUNCH((sample_kernel<T, false>), blocks, threads, 0, on.stream, args);
     }

@@ -6,8 +6,9 @@ Split. A row is cut into tiles of neighbouring ids, one for each of the block's 
 blocks share a row and the last to arrive finishes it. All of that follows from the shape. A lane takes kSampleBatch
 logits of its warp's tile at a time, as 16-byte vectors 32 lanes apart: 64 bytes a thread (128 of float32) under way.
 
-  1. Every warp: the sums of its tile and, when something truncates, the maximum of each lane's batch (V / 32 floats, in
-     shared memory where they fit). After this a batch is read again only where its maximum says that it can matter.
+  1. Every warp: the sums of its tile and, when something truncates, the maximum of each lane's batch (V / 32 floats, a
+     sixteenth of a bfloat16 row, which the L2 cache keeps). After this a batch is read again only where its maximum
+says that it can matter.
   2. One block per row: merge the tiles; find where the ranking is cut; choose a tile by the masses of the tiles, and an
      id by reading that one tile again.
 
@@ -33,9 +34,9 @@ namespace fastppo::cuda {
 
 constexpr int kSampleBatch = 32; // logits per lane and step
 constexpr int64_t kSampleStep = 32 * kSampleBatch;
-constexpr int kSampleWarps = 16;       // per block, at most
-constexpr int kSampleSplits = 8;       // blocks per row, at most
-constexpr int64_t kSampleBlocks = 256; // rows are split until there are this many: two for each of 128 multiprocessors
+constexpr int kSampleWarps = 8;        // per block, at most
+constexpr int kSampleSplits = 16;      // blocks per row, at most
+constexpr int64_t kSampleBlocks = 512; // rows are split until there are this many: four for each of 128 multiprocessors
 constexpr int kSampleTiles = kSampleWarps * kSampleSplits;
 constexpr int64_t kTileUnit = 256; // 32 lanes of 8: whole vectors of every dtype
 constexpr int kBinBits = 11;       // of a key, per step of a selection
@@ -88,7 +89,7 @@ struct SampleArgs {
   // Where rows are split: a place for every tile, a counter for every row.
   Span<TileSums> tiles;
   unsigned* arrived;
-  Span<float> maxima; // of all rows, unless they are in shared memory
+  Span<float> maxima; // of all rows, where something truncates
 };
 
 // --- logits
@@ -131,27 +132,18 @@ __device__ __forceinline__ void load_step(const Span<const T>& tile, int64_t fir
 
 // The maximum of every batch of a row. Each is read only by the thread that wrote it, or after is_last_block().
 struct Maxima {
-  Shared<float> shared;
-  Span<float> global; // null: they are in shared memory
+  Span<float> of_row;
   int64_t batches;
 
-  __device__ __forceinline__ void set(int tile, int64_t batch, float x) const {
-    const int64_t place = (tile * batches + batch) * 32 + lane_id();
-    if (global) {
-      global[place] = x;
-    } else {
-      shared[place] = x;
-    }
-  }
+  __device__ __forceinline__ void set(int tile, int64_t batch, float x) const { of_row[place(tile, batch)] = x; }
   __device__ __forceinline__ float get(int tile, int64_t batch) const {
-    const int64_t place = (tile * batches + batch) * 32 + lane_id();
-    float x;
-    if (global) {
-      x = global[place];
-    } else {
-      x = shared[place];
-    }
+    const float x = of_row[place(tile, batch)];
     return x;
+  }
+
+ private:
+  __device__ __forceinline__ int64_t place(int tile, int64_t batch) const {
+    return (tile * batches + batch) * 32 + lane_id();
   }
 };
 
@@ -366,7 +358,7 @@ __device__ __forceinline__ Selected select_by_rank(
 template <class T, class Body>
 __device__ __forceinline__ void for_candidates(
     const SampleRow<T>& row, const Maxima& maxima, int tile, float lowest, const Body& body) {
-  constexpr int kAtOnce = 16;
+  constexpr int kAtOnce = 8;
   const Span<const T> logits = row.tile(tile);
   int64_t batch = 0;
   for (int64_t first = 0; first < logits.size; first += kSampleStep, ++batch) {
@@ -617,15 +609,14 @@ merge_tiles(const Shared<TileSums>& tiles, int count, float scale, const Shared<
 }
 
 template <class T, bool kTruncates>
-__global__ void __launch_bounds__(32 * kSampleWarps, 2) sample_kernel(const SampleArgs<T> args) {
+__global__ void __launch_bounds__(32 * kSampleWarps, kTruncates ? 3 : 4) sample_kernel(const SampleArgs<T> args) {
   const SampleSplit& split = args.split;
   const int64_t number = blockIdx.x / static_cast<unsigned>(split.splits); // of the row
   const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(split.splits));
   const SampleRow<T> row{args.logits[number], split};
-  FASTPPO_DYNAMIC_SHARED(unsigned, memory); // when something truncates: a histogram, then maxima
+  FASTPPO_DYNAMIC_SHARED(unsigned, memory); // a histogram, when something truncates
   const Maxima maxima{
-      shared_as<float>(kTruncates ? memory + 3 * kBins : memory),
-      args.maxima ? args.maxima.part(number * split.maxima(), split.maxima()) : Span<float>(), split.batches};
+      kTruncates ? args.maxima.part(number * split.maxima(), split.maxima()) : Span<float>(), split.batches};
 
   FASTPPO_SHARED(TileSums, tiles, kSampleTiles);
   const int my_tile = part * split.warps + warp_id();

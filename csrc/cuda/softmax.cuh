@@ -218,27 +218,36 @@ __device__ __forceinline__ int64_t unaligned_elements(const T* address) {
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
 }
 
-// out[i] = map(x[i]), by all threads of the block; x may be out.
-template <class X, class T, class Map>
-__device__ __forceinline__ void map_row(const Span<X>& x, const Span<T>& out, const Map& map) {
+// out = map(x), by all threads of the block; x may be out. one(element, column) maps one element, and
+// batch(values, first, rest) those of this thread's batch, which begins at `first` behind column `rest`.
+template <class X, class T, class One, class Batch>
+__device__ __forceinline__ void map_batches(const Span<X>& x, const Span<T>& out, const One& one, const Batch& batch) {
   // Which thread has which element changes nothing here: so the vectors may begin where the addresses allow it.
   int64_t head = unaligned_elements(out.data);
   head = head == unaligned_elements(x.data) && head < x.size ? head : 0;
   if (threadIdx.x < head) {
     const int64_t i = threadIdx.x;
-    out[i] = from_float<T>(map(to_float(x[i]), i));
+    out[i] = from_float<T>(one(to_float(x[i]), i));
   }
   const Span<X> from = x.part(head, x.size - head);
   const Span<T> to = out.part(head, x.size - head);
   for_batches<T, kHalfBatch<T>>(from.size, [&](int64_t first) {
     float values[kHalfBatch<T>];
     load_batch(from, first, values, 0.0f);
+    batch(values, first, head);
+    store_batch(to, first, values);
+  });
+}
+
+// out[i] = map(x[i], i), by all threads of the block; x may be out.
+template <class X, class T, class Map>
+__device__ __forceinline__ void map_row(const Span<X>& x, const Span<T>& out, const Map& map) {
+  map_batches(x, out, map, [&](float (&values)[kHalfBatch<T>], int64_t first, int64_t rest) {
 #pragma unroll
     for (int i = 0; i < kHalfBatch<T>; ++i) {
       constexpr int kPer = kPerVector<T>;
-      values[i] = map(values[i], head + first + i / kPer * (kRowThreads * kPer) + i % kPer);
+      values[i] = map(values[i], rest + first + i / kPer * (kRowThreads * kPer) + i % kPer);
     }
-    store_batch(to, first, values);
   });
 }
 

@@ -123,6 +123,14 @@ def test_a_replay_must_leave_what_a_call_does(case):
         gpu.replayed(case, CPU, tiny=True, capture=lambda call: (lambda: None, call()))
 
 
+def test_a_graph_for_which_there_is_no_memory_is_a_word_in_the_table():
+    def capture(call):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    row = gpu.measure(CASES[0], Clock("cpu", seconds=0, rounds=1), tiny=True, capture=capture)
+    assert row.others["graph"] == "out of memory" and row.ours > 0
+
+
 def test_small_tensors_exercise_every_op():
     assert gpu.exercise(CASES, "cpu") == len(CASES)
 
@@ -183,6 +191,16 @@ def test_facts_name_the_commit_and_the_versions(monkeypatch):
     assert set(facts) >= {"date", "commit", "driver", "CUDA", "TRL", "Liger"}
 
 
+def test_compute_sanitizer_is_found_in_the_toolkit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert gpu.sanitizer() is None
+    program = tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    assert gpu.sanitizer() == str(program)
+
+
 def test_a_failing_test_or_sanitizer_ends_the_run(tmp_path):
     assert gpu.run_sanitizer("memcheck", None) == "compute-sanitizer is not installed"
     program = tmp_path / "compute-sanitizer"
@@ -206,7 +224,8 @@ def test_a_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "copy_bandwidth", lambda clock: 3e11)
     monkeypatch.setattr(gpu, "Clock", lambda device, seconds: Clock("cpu", 0, 1))
     monkeypatch.setattr(
-        gpu, "measure", lambda case, clock: Row(case.label, case.bytes_moved(), 1e-3, {"eager": 2e-3})
+        *(gpu, "measure"),
+        lambda case, clock: Row(case.label, case.bytes_moved(), 1e-3, {"graph": 9e-4, "eager": 2e-3}),
     )
     monkeypatch.setattr("bench.cases.Case.has_kernels", lambda self: True)
     monkeypatch.setattr("fastppo._C.build_facts", lambda: {"cuda": "on: pretended"})
@@ -218,5 +237,6 @@ def test_a_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     text = (tmp_path / "docs" / "gpu-l4.md").read_text()
     assert all(f"| {case.label} |" in text for case in CASES)
     assert "op tests: pass" in text and "300 GB/s" in text
+    assert f"CUDA graphs: {len(CASES)} of {len(CASES)} captured" in text
     with pytest.raises(SystemExit, match="no op begins with spam"):
         gpu.main(["--only", "spam"])
