@@ -252,6 +252,14 @@ def kernel_table(found: list[Kernel]) -> list[str]:
     return lines
 
 
+def duration(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g} µs" if seconds < 0.9995e-3 else f"{1e3 * seconds:.3g} ms"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.3g}" if size < 100e6 else f"{size / 1e6:.0f}"
+
+
 def time_table(listed: Iterable[Case], found: list[Kernel]) -> list[str]:
     lines = [
         "| op | MB | launches | " + " | ".join(device.name for device in DEVICES) + " |",
@@ -262,9 +270,9 @@ def time_table(listed: Iterable[Case], found: list[Kernel]) -> list[str]:
             predict(case, device, [kernel for kernel in found if kernel.arch == device.arch])
             for device in DEVICES
         ]
-        cells = [f"{1e6 * one.seconds:.3g} µs, {one.bound}" for one in predictions]
+        cells = [f"{duration(one.seconds)}, {one.bound}" for one in predictions]
         lines.append(
-            f"| {case.label} | {case.bytes_moved() / 1e6:.3g} | {predictions[0].launches} | {' | '.join(cells)} |"
+            f"| {case.label} | {megabytes(case.bytes_moved())} | {predictions[0].launches} | {' | '.join(cells)} |"
         )
     return lines
 

@@ -88,6 +88,7 @@ OTHER = {
     "VOTEU",
     "MATCH",
     "REDUX",
+    "CREDUX",
     "SHFL",
     "LDC",
     "LDCU",

@@ -46,8 +46,12 @@ def test_what_a_case_must_move_is_what_the_kernels_move():
             case.ours(*arguments)
             counts = machine.counts()
         moved, wanted = counts.bytes_loaded + counts.bytes_stored, case.bytes_moved(case.tiny)
-        # More: one number per row, parts of sums, which are much of what so small a shape moves.
-        assert 0.98 * wanted <= moved <= 1.25 * wanted + 4096, (case.label, moved, wanted)
+        # More: one number per row, parts of sums, which are much of what so small a shape moves. Truncated sampling
+        # reads candidates again, which in so short a row are everywhere: for the cut, for the masses, for the draw.
+        times = 4 if "top_p" in case.op else 1.25
+        # The threads of a block all read their row's four statistics, which costs a GPU one read; here each counts.
+        broadcast = case.tiny[0] * 256 * 16 if case.op == "distribution_kl forward + backward" else 0
+        assert 0.98 * wanted <= moved - broadcast <= times * wanted + 4096, (case.label, moved, wanted)
 
 
 def test_a_plan_runs_nothing_and_names_the_launches():
