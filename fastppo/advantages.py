@@ -23,12 +23,22 @@ def rewards_and_advantages(
     whiten_advantages: bool,
     gamma: float,
     lam: float,
+    lam_critic: float | None = None,
+    full_kl: Tensor | None = None,
 ) -> RewardsAndAdvantages:
     """`ops.rewards_and_advantages`, with statistics of whitening taken over the batch of all ranks.
 
     On one process this is the op itself, in one launch. On several, the op runs without whitening and the moments
     are summed over ranks, so that N ranks give what one rank gives on the joined batch.
+
+    Beyond the op: `lam_critic` is the lambda of the returns, where it is not that of the advantages (VC-PPO, Yuan et
+    al. 2025, arXiv:2503.01491: a critic that regresses on Monte Carlo returns, 1, is not biased by its own start).
+    With the estimator "full", `full_kl` is the exact KL at each token, (B, T) float32.
     """
+    if estimator == "full":
+        assert full_kl is not None
+        # k1 is logprobs - ref_logprobs: of the KL and 0, the KL itself.
+        logprobs, ref_logprobs, estimator = full_kl, torch.zeros_like(full_kl), "k1"
     settings = {
         "kl_coef": kl_coef,
         "estimator": estimator,
@@ -36,36 +46,46 @@ def rewards_and_advantages(
         "gamma": gamma,
         "lam": lam,
     }
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
-        return ops.rewards_and_advantages(
-            scores,
-            logprobs,
-            ref_logprobs,
-            values,
-            response_mask,
-            whiten_rewards=whiten_rewards,
-            whiten_advantages=whiten_advantages,
-            **settings,  # type: ignore[arg-type]
-        )
+    alone = not _distributed()
     rewards, kl, advantages, returns = ops.rewards_and_advantages(
         scores,
         logprobs,
         ref_logprobs,
         values,
         response_mask,
-        whiten_rewards=False,
-        whiten_advantages=False,
+        whiten_rewards=whiten_rewards and alone,
+        whiten_advantages=whiten_advantages and alone,
         **settings,  # type: ignore[arg-type]
     )
-    if whiten_rewards:
+    if whiten_rewards and not alone:
         _, std = all_ranks_moments(rewards, response_mask)
         rewards = rewards / std
         advantages, returns = ops.gae(rewards, values, response_mask, gamma=gamma, lam=lam)
-    if whiten_advantages:
+    if whiten_advantages and not alone:
         mean, std = all_ranks_moments(advantages, response_mask)
         advantages = ((advantages - mean) / std).masked_fill(~response_mask, 0.0)
+    if lam_critic is not None and lam_critic != lam:
+        _, returns = ops.gae(rewards, values, response_mask, gamma=gamma, lam=lam_critic)
     return RewardsAndAdvantages(rewards, kl, advantages, returns)
+
+
+def importance_weights(logprobs: Tensor, sampling_logprobs: Tensor, cap: float) -> Tensor:
+    """Truncated importance sampling (Yao et al. 2025, fengyao.notion.site/off-policy-rl): min(p_train / p_sample, cap).
+
+    The policy loss is proportional to the advantage at any ratio, clipped, dual-clipped or not, so advantages times
+    these weights are the weighted loss.
+
+    Args:
+        logprobs: of the sampled tokens on the path that training takes, in nats.
+        sampling_logprobs: the same shape, on the path that generated them.
+        cap: largest weight, above 0.
+    """
+    return (logprobs - sampling_logprobs).exp().clamp_max(cap)
+
+
+def _distributed() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1
 
 
 def all_ranks_moments(x: Tensor, mask: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ Lengths are explicit: nothing is ever inferred from padding ids.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Rollout:
         lengths = self.response_lengths.tolist()
         return [row[:length] for row, length in zip(self.response_ids.tolist(), lengths, strict=True)]
 
+    def without_truncated(self) -> Rollout:
+        """The same episodes; no token counts of those that the length limit cut."""
+        return replace(self, response_mask=self.response_mask & ~self.truncated[:, None])
+
 
 @dataclass
 class MicroBatch:
@@ -55,13 +59,15 @@ class MicroBatch:
             needs no mask and positions need no shift.
         predictors: (N,) int64 into b*L: the place whose hidden state predicts each counted token.
         target_ids: (N,) int64, the counted tokens.
-        tokens: (N,) int64 into B*T: where the counted tokens stand in the rollout.
+        tokens: (N,) int64 into B*T: where the counted tokens stand in the rollout, one episode after the other.
+        counts: how many of the N belong to each of the b episodes.
     """
 
     input_ids: Tensor
     predictors: Tensor
     target_ids: Tensor
     tokens: Tensor
+    counts: tuple[int, ...]
 
 
 def groups_by_length(
@@ -92,29 +98,66 @@ def micro_batches(
     max_rows: int | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """The episodes `rows` of a rollout, cut into micro-batches of similar length."""
-    device = rollout.response_ids.device
+    """The episodes `rows` of a rollout, cut into micro-batches of similar length.
+
+    Episodes without a token that counts are left out, but one where there is no other: every rank of a run must have
+    something to run backward through.
+    """
     width = rollout.response_ids.shape[1]
     completions = rollout.completions()
     masks = rollout.response_mask.cpu()
-    sequences = {row: rollout.prompt_ids[row] + completions[row] for row in rows}
-    lengths = [len(sequences[row]) for row in rows]
-    for group in groups_by_length(lengths, max_rows=max_rows, max_tokens=max_tokens):
-        members = [rows[i] for i in group]
-        longest = lengths[group[0]]
-        input_ids = torch.tensor(
-            [sequences[row] + [pad_token_id] * (longest - len(sequences[row])) for row in members],
-            dtype=torch.int64,
+    rows = [row for row in rows if masks[row].any()] or list(rows[:1])
+    sequences = [rollout.prompt_ids[row] + completions[row] for row in rows]
+    counted = [masks[row].nonzero().squeeze(1) for row in rows]
+    for group in groups_by_length([len(s) for s in sequences], max_rows=max_rows, max_tokens=max_tokens):
+        yield _micro_batch(
+            [sequences[i] for i in group],
+            # The hidden state before a token predicts it.
+            [len(rollout.prompt_ids[rows[i]]) - 1 + counted[i] for i in group],
+            torch.cat([rows[i] * width + counted[i] for i in group]),
+            pad_token_id,
+            rollout.response_ids.device,
         )
-        counted = [masks[row].nonzero().squeeze(1) for row in members]
-        starts = [len(rollout.prompt_ids[row]) for row in members]
-        predictors = torch.cat(
-            [i * longest + start - 1 + t for i, (start, t) in enumerate(zip(starts, counted, strict=True))]
+
+
+def text_batches(
+    sequences: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    device: torch.device,
+    max_rows: int | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[MicroBatch]:
+    """Micro-batches of plain texts, in which every token but the first counts; `tokens` numbers them."""
+    first = 0
+    for group in groups_by_length([len(s) for s in sequences], max_rows=max_rows, max_tokens=max_tokens):
+        members = [list(sequences[i]) for i in group]
+        count = sum(len(s) - 1 for s in members)
+        yield _micro_batch(
+            members,
+            [torch.arange(len(s) - 1) for s in members],
+            torch.arange(first, first + count),
+            pad_token_id,
+            device,
         )
-        tokens = torch.cat([row * width + t for row, t in zip(members, counted, strict=True)])
-        yield MicroBatch(
-            input_ids=input_ids.to(device),
-            predictors=predictors.to(device),
-            target_ids=input_ids.flatten()[predictors + 1].to(device),
-            tokens=tokens.to(device),
-        )
+        first += count
+
+
+def _micro_batch(
+    sequences: Sequence[list[int]],
+    predictors: Sequence[Tensor],
+    tokens: Tensor,
+    pad_token_id: int,
+    device: torch.device,
+) -> MicroBatch:
+    """Sequences, longest first, right-padded; `predictors` are places within each."""
+    longest = len(sequences[0])
+    input_ids = torch.tensor([s + [pad_token_id] * (longest - len(s)) for s in sequences], dtype=torch.int64)
+    places = torch.cat([i * longest + place for i, place in enumerate(predictors)])
+    return MicroBatch(
+        input_ids=input_ids.to(device),
+        predictors=places.to(device),
+        target_ids=input_ids.flatten()[places + 1].to(device),
+        tokens=tokens.to(device),
+        counts=tuple(len(place) for place in predictors),
+    )

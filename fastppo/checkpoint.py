@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from .models import ActorCritic, is_peft
 
 CRITIC = "critic"
 VALUE_HEAD = "value_head.safetensors"
+CONTROLLERS = "controllers.json"
+EMA = "ema"
+REFERENCE = "reference"
 
 
 @contextmanager
@@ -57,10 +60,23 @@ def save_actor_critic(model: ActorCritic, folder: Path) -> None:
     else:
         assert model.value_head is not None
         (folder / CRITIC).mkdir(exist_ok=True)
-        save_file(
-            {k: v.contiguous() for k, v in model.value_head.state_dict().items()},
-            folder / CRITIC / VALUE_HEAD,
-        )
+        save_tensors(model.value_head.state_dict(), folder / CRITIC / VALUE_HEAD)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Named tensors as safetensors."""
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What `save_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: it did not.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path.parent} holds no {path.name}")
+    return load_file(path)
 
 
 def load_actor_critic(path: str | os.PathLike[str], **kwargs: Any) -> ActorCritic:
@@ -100,15 +116,20 @@ def restore_actor_critic(model: ActorCritic, folder: Path) -> None:
     Raises:
         ValueError: the checkpoint lacks weights that the model has, or has others.
     """
-    _restore(model.policy, folder)
+    restore(model.policy, folder)
     if model.value_model is not None:
-        _restore(model.value_model, folder / CRITIC)
+        restore(model.value_model, folder / CRITIC)
     else:
         assert model.value_head is not None
         model.value_head.load_state_dict(load_file(folder / CRITIC / VALUE_HEAD))
 
 
-def _restore(model: nn.Module, folder: Path) -> None:
+def restore(model: nn.Module, folder: Path) -> None:
+    """Load the weights that `save_pretrained` wrote into a model of the same shape.
+
+    Raises:
+        ValueError: the folder lacks weights that the model has, or has others.
+    """
     if is_peft(model):
         from peft import set_peft_model_state_dict
 

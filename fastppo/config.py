@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
+from .objective import AGGREGATIONS, Objective
+
+KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "full")
+# In the loss only those whose gradient lowers the KL: k1's has mean 0, and that of abs is blind to how far it is.
+KL_LOSS_ESTIMATORS = ("k2", "k3")
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -87,7 +91,9 @@ class PPOConfig(TrainingArguments):
         False, "Scale per-token rewards to unit standard deviation, keeping their mean."
     )
     kl_coef: float = _setting(0.05, "Weight of the per-token KL penalty in the reward, per nat.")
-    kl_estimator: str = _setting("k1", "KL estimator in the reward: k1, abs, k2 or k3.")
+    kl_estimator: str = _setting(
+        "k1", "KL estimator in the reward: k1, abs, k2, k3, or full, the exact KL over the vocabulary."
+    )
     cliprange: float = _setting(0.2, "Clip range of the probability ratio.")
     vf_coef: float = _setting(0.1, "Weight of the value loss.")
     cliprange_value: float = _setting(0.2, "Clip range of the value around its old estimate.")
@@ -124,6 +130,61 @@ class PPOConfig(TrainingArguments):
         "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes.",
     )
 
+    # --- variants of the algorithm, each off by default: docs/algorithm-options.md says when to use which
+    epsilon_high: float | None = _setting(
+        None, "Clip range of the ratio above 1 (clip-higher). Default: cliprange."
+    )
+    delta: float | None = _setting(
+        None,
+        "Dual clip: where the advantage A is negative, the loss is at most -delta * A. Default: no bound.",
+    )
+    entropy_coef: float = _setting(0.0, "Weight of the entropy bonus in the loss; with adaptation, at first.")
+    use_adaptive_entropy: bool = _setting(
+        False, "Raise entropy_coef while the entropy is at most entropy_target, lower it otherwise."
+    )
+    entropy_target: float = _setting(0.2, "Entropy per token, in nats, that adaptation holds up.")
+    entropy_coef_min: float = _setting(0.0, "Least entropy_coef of adaptation.")
+    entropy_coef_max: float = _setting(1.0, "Largest entropy_coef of adaptation.")
+    entropy_coef_delta: float = _setting(0.005, "Step of entropy_coef per update, in adaptation.")
+    beta: float = _setting(
+        0.0, "Weight of a KL term in the loss, beside or instead of kl_coef's in the reward."
+    )
+    kl_loss_estimator: str = _setting("k3", "KL estimator in the loss: k2 or k3.")
+    adap_kl_ctrl: bool = _setting(False, "Adapt kl_coef so that the KL per episode nears target.")
+    target: float = _setting(6.0, "KL per episode, in nats, that adap_kl_ctrl aims at.")
+    horizon: float = _setting(10000.0, "Episodes in which adap_kl_ctrl moves kl_coef by at most 20 %.")
+    use_score_scaling: bool = _setting(
+        False, "Divide scores by their running standard deviation over all episodes so far."
+    )
+    use_score_norm: bool = _setting(False, "With use_score_scaling: subtract the running mean first.")
+    mask_truncated_completions: bool = _setting(
+        False, "Neither policy nor critic learns from responses that the length limit cut."
+    )
+    lam_critic: float | None = _setting(None, "Lambda of the critic's returns. Default: lam.")
+    critic_warmup_updates: int = _setting(0, "First updates, in which only the critic is trained.")
+    importance_sampling_correction: bool = _setting(
+        False,
+        "Weigh the policy gradient with p_trained / p_sampled, by which generation and training path differ.",
+    )
+    importance_sampling_cap: float = _setting(3.0, "Largest such weight.")
+    ratio_threshold: float | None = _setting(
+        None, "Skip, with a warning, optimizer steps whose mean ratio exceeds this."
+    )
+    ptx_coef: float = _setting(0.0, "Weight of a supervised loss on ptx_dataset in every optimizer step.")
+    ptx_batch_size: int | None = _setting(
+        None, "Rows of ptx_dataset per optimizer step and rank. Default: as many as episodes."
+    )
+    ptx_max_length: int = _setting(512, "Keep the first tokens of longer rows of ptx_dataset.")
+    ema_decay: float | None = _setting(
+        None, "Keep an exponential moving average of the policy that forgets this slowly, per update."
+    )
+    sync_ref_model: bool = _setting(False, "Move the reference towards the policy now and then.")
+    ref_model_mixup_alpha: float = _setting(0.6, "Share of the policy in the moved reference.")
+    ref_model_sync_steps: int = _setting(512, "Updates from one move of the reference to the next.")
+    loss_aggregation: str = _setting(
+        "token", "What the loss is a mean over: token, sequence (episodes), or constant (response_length)."
+    )
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16
@@ -155,35 +216,104 @@ class PPOConfig(TrainingArguments):
             "response_length",
             "num_ppo_epochs",
             "num_generations",
+            "ref_model_sync_steps",
         ):
             require(is_count(getattr(self, name)), name, "an integer of at least 1")
-        for name in ("total_episodes", "max_prompt_length", "micro_batch_tokens"):
+        for name in ("total_episodes", "max_prompt_length", "micro_batch_tokens", "ptx_batch_size"):
             require(
                 getattr(self, name) is None or is_count(getattr(self, name)), name, "None or an integer >= 1"
             )
-        for name in ("top_k", "min_new_tokens", "num_sample_generations"):
+        for name in ("top_k", "min_new_tokens", "num_sample_generations", "critic_warmup_updates"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, "an integer of at least 0")
-        for name in ("temperature", "repetition_penalty"):
+        for name in (
+            "temperature",
+            "repetition_penalty",
+            "cliprange",
+            "cliprange_value",
+            "target",
+            "horizon",
+            "importance_sampling_cap",
+        ):
             require(is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
-        for name in ("cliprange", "cliprange_value"):
-            require(is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
-        for name in ("vf_coef", "kl_coef"):
+        for name in (
+            "vf_coef",
+            "kl_coef",
+            "beta",
+            "ptx_coef",
+            "entropy_coef",
+            "entropy_target",
+            "entropy_coef_min",
+            "entropy_coef_max",
+            "entropy_coef_delta",
+        ):
             require(
                 is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number of at least 0"
             )
-        for name in ("gamma", "lam"):
+        for name in ("gamma", "lam", "ref_model_mixup_alpha"):
             require(is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, name, "in [0, 1]")
         require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        require(
-            self.min_p is None or (is_number(self.min_p) and 0 <= self.min_p <= 1),
-            "min_p",
-            "None or in [0, 1]",
-        )
-        for name in ("missing_eos_penalty", "reward_clip", "reward_timeout", "target_kl"):
+        for name in ("min_p", "lam_critic"):
+            value = getattr(self, name)
+            require(value is None or (is_number(value) and 0 <= value <= 1), name, "None or in [0, 1]")
+        for name in ("missing_eos_penalty", "reward_clip", "reward_timeout", "target_kl", "epsilon_high"):
             value = getattr(self, name)
             require(value is None or (is_number(value) and value > 0), name, "None or a number above 0")
+        require(
+            is_count(self.ptx_max_length) and self.ptx_max_length >= 2,
+            "ptx_max_length",
+            "an integer of at least 2",
+        )
+        for name in (
+            "use_adaptive_entropy",
+            "adap_kl_ctrl",
+            "use_score_scaling",
+            "use_score_norm",
+            "mask_truncated_completions",
+            "importance_sampling_correction",
+            "sync_ref_model",
+        ):
+            require(isinstance(getattr(self, name), bool), name, "True or False")
         require(self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"one of {', '.join(KL_ESTIMATORS)}")
+        require(
+            self.kl_loss_estimator in KL_LOSS_ESTIMATORS,
+            "kl_loss_estimator",
+            f"one of {', '.join(KL_LOSS_ESTIMATORS)}",
+        )
+        require(
+            self.loss_aggregation in AGGREGATIONS, "loss_aggregation", f"one of {', '.join(AGGREGATIONS)}"
+        )
+        highest_ratio = 1 + (self.cliprange if self.epsilon_high is None else self.epsilon_high)
+        for name, least, why in (
+            ("delta", highest_ratio, f"1 + the clip range ({highest_ratio})"),
+            ("ratio_threshold", 1, "1, the ratio of an unchanged policy"),
+        ):
+            value = getattr(self, name)
+            require(
+                value is None or (is_number(value) and value > least), name, f"None or a number above {why}"
+            )
+        require(
+            self.ema_decay is None or (is_number(self.ema_decay) and 0 < self.ema_decay < 1),
+            "ema_decay",
+            "None or in (0, 1)",
+        )
+        require(
+            self.entropy_coef_min <= self.entropy_coef_max,
+            "entropy_coef_min",
+            f"<= entropy_coef_max ({self.entropy_coef_max})",
+        )
+        if self.use_adaptive_entropy:
+            require(
+                self.entropy_coef_min <= self.entropy_coef <= self.entropy_coef_max,
+                "entropy_coef",
+                f"in [entropy_coef_min, entropy_coef_max] = [{self.entropy_coef_min}, {self.entropy_coef_max}]",
+            )
+        if self.adap_kl_ctrl and self.kl_coef == 0:
+            raise ValueError(
+                "PPOConfig: adap_kl_ctrl multiplies kl_coef, which must be above 0 to begin with"
+            )
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ValueError("PPOConfig: use_score_norm needs use_score_scaling=True, as in classic TRL")
         require(self.stop_token in (None, "eos"), "stop_token", "None or 'eos'")
         require(
             self.stop_token_id is None or (isinstance(self.stop_token_id, int) and self.stop_token_id >= 0),
@@ -216,6 +346,24 @@ class PPOConfig(TrainingArguments):
                 "PPOConfig: fp16 is not supported (float16 gradients overflow without loss scaling); "
                 "use bf16=True, or bf16=False for float32"
             )
+
+    def objective(self) -> Objective:
+        """What an optimizer step minimises. Adapted coefficients (`use_adaptive_entropy`) are as at the beginning."""
+        return Objective(
+            clip_range=self.cliprange,
+            clip_range_high=self.epsilon_high,
+            dual_clip=self.delta,
+            value_clip_range=self.cliprange_value,
+            vf_coef=self.vf_coef,
+            entropy_coef=self.entropy_coef,
+            kl_coef=self.beta,
+            kl_estimator=self.kl_loss_estimator,
+            aggregation=self.loss_aggregation,
+            response_length=self.response_length,
+            ptx_coef=self.ptx_coef,
+            target_kl=self.target_kl,
+            ratio_threshold=self.ratio_threshold,
+        )
 
     def set_batch_sizes(self, dataset_size: int) -> None:
         """Fill in the computed fields (batch sizes and number of updates).

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
 from .batch import Rollout
+from .objective import Objective
 from .ops import RewardsAndAdvantages
 
 
@@ -25,12 +26,17 @@ def episode_metrics(
     result: RewardsAndAdvantages,
     values: Tensor,
     kl_coef: float,
+    importance_weights: Tensor | None = None,
 ) -> dict[str, float]:
-    """Metrics of the episodes of one batch, before the update; sums run over the counted tokens of an episode."""
+    """Metrics of the episodes of one batch, before the update.
+
+    Those of tokens are of the tokens that count: sums over an episode, then means over the episodes that have any.
+    """
     mask = rollout.response_mask
+    episodes = mask.any(1).sum().clamp_min(1)
 
     def per_episode(x: Tensor) -> float:
-        return x.masked_fill(~mask, 0.0).sum(1).mean().item()
+        return (x.masked_fill(~mask, 0.0).sum() / episodes).item()
 
     kl = per_episode(result.kl)
     counted = mask.sum().clamp_min(1)
@@ -40,6 +46,7 @@ def episode_metrics(
     spread = (result.returns - mean_return).masked_fill(~mask, 0.0).square().sum()
     metrics = {
         "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
         "objective/entropy": per_episode(-logprobs),
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": -kl_coef * kl + scores.mean().item(),
@@ -53,14 +60,18 @@ def episode_metrics(
         "sampling/sampling_logp_difference/mean": (gap.sum() / counted).item(),
         "sampling/sampling_logp_difference/max": gap.max().item() if gap.numel() else 0.0,
     }
+    if importance_weights is not None:
+        weights = importance_weights[mask] if mask.any() else torch.ones(1)
+        name = "sampling/importance_sampling_ratio"
+        metrics |= {f"{name}/{f}": getattr(weights, f)().item() for f in ("min", "mean", "max")}
     if len(each) > 1:
         metrics |= {f"rewards/{name}/mean": x.mean().item() for name, x in each.items()}
     return metrics
 
 
-def update_metrics(means: Mapping[str, float]) -> dict[str, float]:
-    """`update`'s means under TRL's names."""
-    return {
+def update_metrics(means: Mapping[str, float], objective: Objective) -> dict[str, float]:
+    """`update`'s means under TRL's names, and those of the parts that the objective has beyond TRL's."""
+    metrics = {
         "policy/approxkl_avg": means["approx_kl"],
         "policy/clipfrac_avg": means["clip_fraction"],
         "policy/entropy_avg": means["entropy"],
@@ -72,7 +83,15 @@ def update_metrics(means: Mapping[str, float]) -> dict[str, float]:
         "val/ratio_max": means["ratio_max"],
         "grad_norm": means["grad_norm"],
         "policy/optimizer_steps": means["steps"],
+        "policy/entropy_coef": objective.entropy_coef,
     }
+    if objective.kl_coef:
+        metrics["loss/kl_avg"] = means["kl"]
+    if objective.ptx_coef:
+        metrics["loss/ptx_avg"] = means["ptx_loss"]
+    if objective.ratio_threshold is not None:
+        metrics["policy/skipped_steps"] = means["skipped_steps"]
+    return metrics
 
 
 def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:

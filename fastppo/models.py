@@ -40,6 +40,11 @@ class LMHead:
     softcap: float | None
     logit_scale: float
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) float32 logits of a few (n, H) hidden states, before any temperature."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
 
 def unwrap_peft(model: Any) -> Any:
     """The Hugging Face model inside a PEFT wrapper, adapters included; any other model as it is."""
@@ -84,10 +89,14 @@ def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
+def predicting_states(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Last hidden states of the places that predict the counted tokens: (N, H)."""
+    return hidden_states(model, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+
+
 def token_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the counted tokens: two (N,) float32 tensors, in nats."""
-    hidden = hidden_states(model, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
-    return head_logprobs(model, hidden, batch.target_ids, temperature)
+    return head_logprobs(model, predicting_states(model, batch), batch.target_ids, temperature)
 
 
 def head_logprobs(model: nn.Module, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -102,6 +111,37 @@ def head_logprobs(model: nn.Module, hidden: Tensor, ids: Tensor, temperature: fl
         softcap=head.softcap,
         logit_scale=head.logit_scale,
     )
+
+
+# Rows of logits that `full_kl` holds of each model at a time: 78 MB in float32 at a vocabulary of 151936.
+_KL_ROWS = 128
+
+
+@torch.no_grad()
+def full_kl(
+    policy: LMHead, hidden: Tensor, reference: LMHead, ref_hidden: Tensor, temperature: float
+) -> Tensor:
+    """KL(policy ‖ reference) over the whole vocabulary at each of N places, from both models' hidden states.
+
+    The logits exist for a few rows at a time; [N, V] never does.
+
+    Args:
+        policy: its head.
+        hidden: (N, H), its hidden states.
+        reference: its head.
+        ref_hidden: (N, H'), its hidden states at the same places.
+        temperature: divides both logits.
+
+    Returns:
+        (N,) float32, in nats, never below 0.
+    """
+    kl = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    for begin in range(0, len(hidden), _KL_ROWS):
+        rows = slice(begin, begin + _KL_ROWS)
+        kl[rows] = ops.distribution_kl(
+            policy.logits(hidden[rows]), reference.logits(ref_hidden[rows]), temperature=temperature
+        )
+    return kl
 
 
 class ActorCritic(nn.Module):
@@ -146,24 +186,31 @@ class ActorCritic(nn.Module):
         return ("both",) if self.value_model is None else ("actor", "critic")
 
     def forward(self, batch: MicroBatch, temperature: float, network: str = "both") -> Evaluation:
-        """Evaluate a micro-batch with one network (see `networks`) or both."""
+        """Evaluate a micro-batch with "both" networks, the "actor", or the "critic" alone.
+
+        The critic alone has no gradient in a trunk that it shares with the policy: only the value head learns.
+        """
         logprobs = entropy = values = hidden = None
         if network != "critic":
-            hidden = (
-                hidden_states(self.policy, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
-            )
+            hidden = predicting_states(self.policy, batch)
             logprobs, entropy = head_logprobs(self.policy, hidden, batch.target_ids, temperature)
         if network != "actor":
-            if self.value_model is not None:
-                trunk, head = classifier_trunk(self.value_model), score_layer(self.value_model)
-                states = trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-                hidden = states.flatten(0, 1).index_select(0, batch.predictors)
-            else:
-                assert self.value_head is not None
-                head = self.value_head
-            assert hidden is not None
-            values = head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+            values = self.values(batch, hidden)
         return Evaluation(logprobs, entropy, values)
+
+    def values(self, batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
+        """(N,) float32 values; `hidden` are the policy's predicting states, where they are at hand."""
+        if self.value_model is not None:
+            trunk, head = classifier_trunk(self.value_model), score_layer(self.value_model)
+            states = trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = states.flatten(0, 1).index_select(0, batch.predictors)
+        else:
+            assert self.value_head is not None
+            head = self.value_head
+            if hidden is None:
+                with torch.no_grad():
+                    hidden = predicting_states(self.policy, batch)
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def classifier_trunk(model: nn.Module) -> nn.Module:
@@ -275,6 +322,7 @@ def check_head(policy: nn.Module) -> None:
         predictors=torch.tensor([0, 1], device=ids.device),
         target_ids=ids[0, 1:],
         tokens=torch.arange(2, device=ids.device),
+        counts=(2,),
     )
     expected = policy(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, [0, 1], ids[0, 1:]]
     got, _ = token_logprobs(policy, batch, 1.0)

@@ -38,6 +38,23 @@ _OWN_COLUMNS = {
 
 def check_dataset(dataset: Any, name: str) -> None:
     """Raise a ValueError unless the dataset has rows with a column that prompts can be read from."""
+    columns = _columns(dataset, name)
+    if not {"input_ids", "prompt"} & columns:
+        raise ValueError(
+            f"{name}: expected a column `prompt` (text or chat messages) or `input_ids`, got columns {sorted(columns)}"
+        )
+
+
+def check_texts(dataset: Any, name: str) -> None:
+    """Raise a ValueError unless the dataset has rows with a column that whole texts can be read from."""
+    columns = _columns(dataset, name)
+    if not {"input_ids", "text", "messages"} & columns:
+        raise ValueError(
+            f"{name}: expected a column `text`, `messages` (a chat) or `input_ids`, got columns {sorted(columns)}"
+        )
+
+
+def _columns(dataset: Any, name: str) -> set[str]:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"{name} must have a length and rows by number (datasets.Dataset, a list), got {type(dataset).__name__}"
@@ -47,10 +64,7 @@ def check_dataset(dataset: Any, name: str) -> None:
     row = dataset[0]
     if not isinstance(row, Mapping):
         raise TypeError(f"{name}: expected rows that are mappings, got {type(row).__name__}")
-    if "input_ids" not in row and "prompt" not in row:
-        raise ValueError(
-            f"{name}: expected a column `prompt` (text or chat messages) or `input_ids`, got columns {sorted(row)}"
-        )
+    return set(row)
 
 
 def is_chat(prompt: Any) -> bool:
@@ -122,6 +136,34 @@ def _token_ids(row: Mapping[str, Any], i: int, tokenizer: PreTrainedTokenizerBas
     if not ids:
         raise ValueError(f"prompt {i} must have at least one token, got none from {dict(row)!r}")
     return [int(x) for x in ids]
+
+
+def read_texts(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
+    """Token ids of whole texts, the first `max_length` of each.
+
+    `input_ids` are taken as they are; `messages` go through the tokenizer's chat template; `text` is tokenised.
+
+    Raises:
+        ValueError, TypeError: a row has no text of two tokens, one to be learnt from the other.
+    """
+    texts: list[list[int]] = []
+    for row in rows:
+        column = next(name for name in ("input_ids", "messages", "text") if name in row)
+        ids: Any = row[column]
+        if column == "messages":
+            if not getattr(tokenizer, "chat_template", None):
+                raise ValueError(
+                    f"ptx_dataset has a chat, but the tokenizer {type(tokenizer).__name__} has no chat_template"
+                )
+            ids = tokenizer.apply_chat_template(ids, return_dict=False)
+        elif column == "text":
+            ids = tokenizer(ids)["input_ids"]
+        texts.append([int(i) for i in ids][:max_length])
+        if len(texts[-1]) < 2:
+            raise ValueError(f"ptx_dataset: a text must have at least two tokens, got {dict(row)!r}")
+    return texts
 
 
 class PromptOrder(torch.utils.data.Sampler[int]):

@@ -7,17 +7,19 @@ names. It borrows arguments, Accelerate, optimizer and schedule, callbacks, repo
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
@@ -25,16 +27,20 @@ from transformers import ProgressCallback as TransformersProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from . import checkpoint, metrics, models
-from .advantages import rewards_and_advantages
+from .advantages import importance_weights, rewards_and_advantages
 from .batch import MicroBatch, Rollout, micro_batches
 from .config import PPOConfig
+from .controllers import EntropyCoefficient, KLCoefficient, ScoreScale, WeightAverage, check_mixable, mix_into
+from .objective import Objective
+from .ops import RewardsAndAdvantages
 from .optimizer import AdamW
-from .prompts import PromptOrder, Prompts, check_dataset, is_chat, read_prompts
+from .prompts import PromptOrder, Prompts, check_dataset, check_texts, is_chat, read_prompts, read_texts
 from .rollout import Sampling, rollout
 from .score import ClassifierReward, Episodes, make_rewards, score, token_scores
 from .update import update
 
 _EVAL_SEED = 1_000_003  # evaluation draws from a stream of its own, the same at every evaluation
+_PTX_SEED = 2_000_003  # and so does the order of the supervised texts
 _OPTIMIZERS_WITH_MASTER = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -62,6 +68,8 @@ class PPOTrainer(Trainer):
         peft_config: trains this adapter instead of the policy's weights.
         reward_processing_classes: tokenizers of reward classifiers that do not share the policy's.
         logits_processor: further `transformers.LogitsProcessor`s of the rollout.
+        ptx_dataset: supervised texts of `args.ptx_coef`: rows with `text`, `messages` (a chat), or `input_ids`. Every
+            token but the first is learnt.
 
     Raises:
         ValueError, TypeError: something does not fit; the message names it, what was expected and what came.
@@ -98,6 +106,7 @@ class PPOTrainer(Trainer):
         peft_config: Any = None,
         reward_processing_classes: Any = None,
         logits_processor: Sequence[LogitsProcessor] = (),
+        ptx_dataset: Any = None,
     ) -> None:
         if train_dataset is None:
             raise ValueError("train_dataset is required")
@@ -112,6 +121,13 @@ class PPOTrainer(Trainer):
         check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
+        if (ptx_dataset is None) != (args.ptx_coef == 0):
+            raise ValueError(
+                f"ptx_coef and ptx_dataset need each other, got ptx_coef={args.ptx_coef} and "
+                f"{'no' if ptx_dataset is None else 'a'} ptx_dataset"
+            )
+        if ptx_dataset is not None:
+            check_texts(ptx_dataset, "ptx_dataset")
         self.tokenizer = _tokenizer(processing_class)
         args.set_batch_sizes(len(train_dataset))
         self.rewards = make_rewards(
@@ -134,6 +150,10 @@ class PPOTrainer(Trainer):
         self.is_peft_model = models.is_peft(model)
         if ref_model is None and not self.is_peft_model:
             ref_model = models.frozen_copy(model)
+        if args.sync_ref_model:
+            if ref_model is None:
+                raise ValueError("sync_ref_model needs a ref_model: a PEFT policy is its own reference")
+            check_mixable(ref_model, model)
         use_cache = getattr(models.text_config(model), "use_cache", True)
         models.check_head(model.eval())
         actor_critic = models.ActorCritic(model, value_model)
@@ -169,7 +189,27 @@ class PPOTrainer(Trainer):
                 if module is not None:
                     models.recompute_activations(module, args.gradient_checkpointing_kwargs)
         self.actor_critic = actor_critic
+        self.ptx_dataset = ptx_dataset
+        self.objective: Objective = args.objective()
+        self.kl_coef = KLCoefficient(
+            args.kl_coef, adaptive=args.adap_kl_ctrl, target=args.target, horizon=args.horizon
+        )
+        self.entropy_coef = EntropyCoefficient(
+            args.entropy_coef,
+            adaptive=args.use_adaptive_entropy,
+            target=args.entropy_target,
+            least=args.entropy_coef_min,
+            most=args.entropy_coef_max,
+            step=args.entropy_coef_delta,
+        )
+        self.score_scale = ScoreScale(scale=args.use_score_scaling, center=args.use_score_norm)
+        self.ema = WeightAverage(model, args.ema_decay) if args.ema_decay is not None else None
         self._create_optimizer_and_scheduler()
+        # DDP must be told that a network trained on its own leaves the other without gradients.
+        apart = value_model is not None or args.critic_warmup_updates > 0
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=args.ddp_find_unused_parameters or apart
+        )
         self.model_wrapped, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = (
             self.optimizer,
@@ -220,40 +260,35 @@ class PPOTrainer(Trainer):
             batch = next(prompts)
             episodes = self._rollout(batch)
             clock.lap("rollout")
-            logprobs, values, ref_logprobs = self._evaluate_tokens(episodes)
+            tokens = self._evaluate_tokens(episodes)
             scores, each = self._score(batch, episodes)
             clock.lap("score")
-            result = rewards_and_advantages(
-                scores,
-                logprobs,
-                ref_logprobs,
-                values,
-                episodes.response_mask,
-                kl_coef=args.kl_coef,
-                estimator=args.kl_estimator,
-                reward_clip=args.reward_clip,
-                whiten_rewards=args.whiten_rewards,
-                whiten_advantages=args.whiten_advantages,
-                gamma=args.gamma,
-                lam=args.lam,
-            )
-            means = self._update(episodes, logprobs, values, result.advantages, result.returns)
+            result, weights = self._advantages(episodes, tokens, scores)
+            means = self._update(episodes, tokens, result)
             clock.lap("update")
 
             self.state.global_step += 1
             self.state.episode += args.batch_size
             self.state.epoch = self.state.episode / (len(self.train_dataset) * args.num_generations)
-            report = metrics.episode_metrics(episodes, scores, each, logprobs, result, values, args.kl_coef)
-            report |= metrics.update_metrics(means)
+            report = metrics.episode_metrics(
+                episodes, scores, each, tokens.logprobs, result, tokens.values, self.kl_coef.value, weights
+            )
+            report |= metrics.update_metrics(means, self._objective())
             report |= {f"time/{room}": seconds for room, seconds in clock.laps.items()}
-            tokens = float(episodes.response_mask.sum())
-            report = metrics.mean_over_ranks(report | {"tokens_per_second": tokens / clock.total})
+            counted = float(episodes.response_mask.sum())
+            report = metrics.mean_over_ranks(report | {"tokens_per_second": counted / clock.total})
             report["tokens_per_second"] *= args.world_size
             done = self.state.global_step - first_step
             report["eps"] = done * args.batch_size / (time.perf_counter() - started)
             report["lr"] = self.lr_scheduler.get_last_lr()[0]
             report["episode"] = self.state.episode
+            if args.use_score_scaling:
+                report |= {
+                    "objective/scores_running_mean": self.score_scale.mean,
+                    "objective/scores_running_std": self.score_scale.std,
+                }
             self.log(report)
+            self._adapt(report)
             self.lr_scheduler.step()
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
             self._evaluate_save_and_show(report)
@@ -267,7 +302,7 @@ class PPOTrainer(Trainer):
     def _rollout(self, batch: Prompts) -> Rollout:
         args = self.args
         first = self.state.episode + args.process_index * args.local_batch_size
-        return rollout(
+        episodes = rollout(
             self._policy(),
             batch.ids,
             self.sampling,
@@ -279,25 +314,30 @@ class PPOTrainer(Trainer):
             tokenizer=self.tokenizer,
             logits_processor=self.logits_processor,
         )
+        return episodes.without_truncated() if args.mask_truncated_completions else episodes
 
     @torch.no_grad()
-    def _evaluate_tokens(self, episodes: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and values of the sampled tokens on the path that training takes, and the reference's log-probs."""
-        temperature = self.args.temperature
+    def _evaluate_tokens(self, episodes: Rollout) -> _TokenScores:
+        """What policy, critic and reference say of the sampled tokens, on the path that training takes."""
+        temperature, full = self.args.temperature, self.args.kl_estimator == "full"
         self.actor_critic.eval()
 
-        def actor_critic(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-            logprobs, _, values = self.actor_critic(batch, temperature)
-            return logprobs, values
+        def evaluate(batch: MicroBatch) -> tuple[Tensor, ...]:
+            policy = self._policy()
+            hidden = models.predicting_states(policy, batch)
+            head = models.lm_head(policy)
+            logprobs, _ = models.head_logprobs(policy, hidden, batch.target_ids, temperature)
+            values = self.actor_critic.values(batch, hidden)
+            with self.null_ref_context() as reference:
+                ref_hidden = models.predicting_states(reference, batch)
+                ref_logprobs, _ = models.head_logprobs(reference, ref_hidden, batch.target_ids, temperature)
+                if not full:
+                    return logprobs, values, ref_logprobs
+                ref_head = models.lm_head(reference)
+                kl = models.full_kl(head, hidden, ref_head, ref_hidden, temperature)
+            return logprobs, values, ref_logprobs, kl
 
-        logprobs, values = token_scores(actor_critic, self._micro_batches(episodes), episodes)
-        with self.null_ref_context() as reference:
-
-            def reference_logprobs(batch: MicroBatch) -> tuple[Tensor, ...]:
-                return models.token_logprobs(reference, batch, temperature)[:1]
-
-            (ref_logprobs,) = token_scores(reference_logprobs, self._micro_batches(episodes), episodes)
-        return logprobs, values, ref_logprobs
+        return _TokenScores(*token_scores(evaluate, self._micro_batches(episodes), episodes))
 
     def _micro_batches(self, episodes: Rollout) -> Iterator[MicroBatch]:
         return micro_batches(
@@ -332,8 +372,39 @@ class PPOTrainer(Trainer):
         }
         return Episodes(prompts, completions, completion_ids, episodes.prompt_ids, columns)
 
+    def _advantages(
+        self, episodes: Rollout, tokens: _TokenScores, scores: Tensor
+    ) -> tuple[RewardsAndAdvantages, Tensor | None]:
+        """Rewards, advantages and returns, and the importance weights that the advantages hold, if any."""
+        args = self.args
+        mask = episodes.response_mask
+        result = rewards_and_advantages(
+            self.score_scale(scores, mask.any(1)),
+            tokens.logprobs,
+            tokens.ref_logprobs,
+            tokens.values,
+            mask,
+            kl_coef=self.kl_coef.value,
+            estimator=args.kl_estimator,
+            reward_clip=args.reward_clip,
+            whiten_rewards=args.whiten_rewards,
+            whiten_advantages=args.whiten_advantages,
+            gamma=args.gamma,
+            lam=args.lam,
+            lam_critic=args.lam_critic,
+            full_kl=tokens.kl,
+        )
+        if not args.importance_sampling_correction:
+            return result, None
+        weights = importance_weights(tokens.logprobs, episodes.logprobs, args.importance_sampling_cap)
+        return result._replace(advantages=result.advantages * weights), weights
+
+    def _objective(self) -> Objective:
+        """What the next update minimises."""
+        return replace(self.objective, entropy_coef=self.entropy_coef.value)
+
     def _update(
-        self, episodes: Rollout, logprobs: Tensor, values: Tensor, advantages: Tensor, returns: Tensor
+        self, episodes: Rollout, tokens: _TokenScores, result: RewardsAndAdvantages
     ) -> dict[str, float]:
         args = self.args
         # transformers recomputes activations only in train mode; dropout is off, so nothing else changes.
@@ -343,10 +414,12 @@ class PPOTrainer(Trainer):
                 self.model_wrapped,
                 self.optimizer,
                 episodes,
-                logprobs=logprobs,
-                values=values,
-                advantages=advantages,
-                returns=returns,
+                logprobs=tokens.logprobs,
+                values=tokens.values,
+                advantages=result.advantages,
+                returns=result.returns,
+                ref_logprobs=tokens.ref_logprobs,
+                objective=self._objective(),
                 temperature=args.temperature,
                 epochs=args.num_ppo_epochs,
                 mini_batches=args.num_mini_batches,
@@ -354,22 +427,37 @@ class PPOTrainer(Trainer):
                 if args.micro_batch_tokens is None
                 else None,
                 micro_batch_tokens=args.micro_batch_tokens,
-                clip_range=args.cliprange,
-                value_clip_range=args.cliprange_value,
-                vf_coef=args.vf_coef,
                 max_grad_norm=args.max_grad_norm,
-                target_kl=args.target_kl,
                 pad_token_id=self.pad_token_id,
                 seed=args.seed + self.state.global_step,
                 accelerator=self.accelerator,
+                critic_only=self.state.global_step < args.critic_warmup_updates,
+                texts=self._texts(),
             )
         finally:
             self.model_wrapped.eval()
 
+    def _adapt(self, report: dict[str, float]) -> None:
+        """After an update, move what follows from its outcome."""
+        args = self.args
+        self.kl_coef.observe(report["objective/kl"], args.batch_size)
+        trained = self.state.global_step > args.critic_warmup_updates
+        if trained and report["policy/optimizer_steps"] > 0:
+            self.entropy_coef.observe(report["policy/entropy_avg"])
+        if self.ema is not None:
+            self.ema.update(self._policy())
+        if args.sync_ref_model and self.state.global_step % args.ref_model_sync_steps == 0:
+            mix_into(self._reference(), self._policy(), args.ref_model_mixup_alpha)
+
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        *,
+        ema: bool = False,
     ) -> dict[str, float]:
         """Mean score, KL to the reference, and length of sampled responses to the evaluation prompts.
 
@@ -377,6 +465,7 @@ class PPOTrainer(Trainer):
             eval_dataset: rows like the training set's, or a dict of such datasets. Default: the trainer's.
             ignore_keys: unused; for compatibility.
             metric_key_prefix: put before each metric's name.
+            ema: evaluate the average of the policy (`args.ema_decay`) instead of the policy.
 
         Returns:
             `<prefix>_objective/scores`, `<prefix>_objective/kl`, `<prefix>_completions/mean_length`, ...
@@ -387,9 +476,10 @@ class PPOTrainer(Trainer):
         if isinstance(dataset, dict):
             report: dict[str, float] = {}
             for name, part in dataset.items():
-                report |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                report |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}", ema=ema)
             return report
-        rows = self._completions(dataset, self.sampling)
+        with self.ema_weights() if ema else nullcontext():
+            rows = self._completions(dataset, self.sampling)
         number = {
             k: torch.tensor([float(r[k]) for r in rows]) for k in ("score", "kl", "length", "truncated")
         }
@@ -456,9 +546,10 @@ class PPOTrainer(Trainer):
                 tokenizer=self.tokenizer,
             )
             seen = self._episodes(batch, episodes)
-            logprobs, _, ref_logprobs = self._evaluate_tokens(episodes)
+            tokens = self._evaluate_tokens(episodes)
             scores, _ = score(self.rewards, seen, self.args.device)
-            kl = (logprobs - ref_logprobs).masked_fill(~episodes.response_mask, 0.0).sum(1)
+            kl = tokens.logprobs - tokens.ref_logprobs if tokens.kl is None else tokens.kl
+            kl = kl.masked_fill(~episodes.response_mask, 0.0).sum(1)
             queries = self.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
             texts = self.tokenizer.batch_decode(seen.completion_ids, skip_special_tokens=True)
             for i in range(len(batch.ids)):
@@ -518,10 +609,52 @@ class PPOTrainer(Trainer):
             rows, self.tokenizer, data_collator=self._prompt_collator, max_length=self.args.max_prompt_length
         )
 
+    def _texts(self) -> Iterator[list[list[int]]] | None:
+        """Token ids of the supervised texts of each optimizer step of this update; None: there are none.
+
+        An update begins at a place in the order that follows from its number, however many steps earlier ones took.
+        """
+        args = self.args
+        if self.ptx_dataset is None:
+            return None
+        size = args.ptx_batch_size or args.local_mini_batch_size
+        steps = args.num_ppo_epochs * args.num_mini_batches
+        order = PromptOrder(
+            len(self.ptx_dataset),
+            (args.seed if args.data_seed is None else args.data_seed) + _PTX_SEED,
+            start=self.state.global_step * steps * size * args.world_size,
+            block=size,
+            rank=args.process_index,
+            ranks=args.world_size,
+        )
+        rows = iter(order)
+        return (
+            read_texts(
+                [self.ptx_dataset[next(rows)] for _ in range(size)], self.tokenizer, args.ptx_max_length
+            )
+            for _ in range(steps)
+        )
+
     # --- models ------------------------------------------------------------------------------------------------------
 
     def _policy(self) -> nn.Module:
         return self.actor_critic.policy
+
+    def _reference(self) -> nn.Module:
+        assert self.ref_model is not None
+        return self.ref_model
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within the block the policy is its exponential moving average.
+
+        Raises:
+            ValueError: none is kept.
+        """
+        if self.ema is None:
+            raise ValueError("there is no average of the policy: set PPOConfig.ema_decay")
+        with self.ema.in_place_of(self._policy()):
+            yield
 
     @contextmanager
     def null_ref_context(self) -> Iterator[nn.Module]:
@@ -592,15 +725,23 @@ class PPOTrainer(Trainer):
         self.is_in_train = False
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False, *, ema: bool = False
+    ) -> None:
         """Save policy, tokenizer and critic (`critic/`) under a temporary name, then rename.
 
-        `AutoModelForCausalLM.from_pretrained(output_dir)` reads the policy, `fastppo.load_actor_critic` both.
+        `AutoModelForCausalLM.from_pretrained(output_dir)` reads the policy, `fastppo.load_actor_critic` both. An
+        average of the policy (`args.ema_decay`) is saved beside it, in `ema/`; with `ema=True` in its place.
         """
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self.args.should_save:
             with checkpoint.written_then_renamed(output_dir) as folder:
-                self._save(str(folder))
+                with self.ema_weights() if ema else nullcontext():
+                    self._save(str(folder))
+                if self.ema is not None and not ema:
+                    with self.ema_weights():
+                        self._policy().save_pretrained(folder / checkpoint.EMA)  # type: ignore[operator]
+                    self.processing_class.save_pretrained(folder / checkpoint.EMA)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -620,6 +761,7 @@ class PPOTrainer(Trainer):
             self._save(str(folder))
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
+                self._save_adapted(folder)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -645,8 +787,33 @@ class PPOTrainer(Trainer):
             )
         checkpoint.restore_actor_critic(self.actor_critic, found)
         self._load_optimizer_and_scheduler(str(found))
+        self._load_adapted(found)
         self.state = TrainerState.load_from_json(str(found / "trainer_state.json"))
         self.state.episode = int((found / "episodes.txt").read_text())
+
+    def _adapted(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef, "score_scale": self.score_scale}
+
+    def _save_adapted(self, folder: Path) -> None:
+        states = {name: x.state_dict() for name, x in self._adapted().items()}
+        (folder / checkpoint.CONTROLLERS).write_text(json.dumps(states, indent=2) + "\n")
+        if self.ema is not None:
+            checkpoint.save_tensors(self.ema.state_dict(), folder / f"{checkpoint.EMA}.safetensors")
+        if self.args.sync_ref_model:
+            self._reference().save_pretrained(folder / checkpoint.REFERENCE)  # type: ignore[operator]
+
+    def _load_adapted(self, folder: Path) -> None:
+        if not (folder / checkpoint.CONTROLLERS).exists():
+            raise FileNotFoundError(
+                f"checkpoint {folder} holds no {checkpoint.CONTROLLERS}: one of save_only_model cannot be resumed"
+            )
+        states = json.loads((folder / checkpoint.CONTROLLERS).read_text())
+        for name, x in self._adapted().items():
+            x.load_state_dict(states[name])
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.load_tensors(folder / f"{checkpoint.EMA}.safetensors"))
+        if self.args.sync_ref_model:
+            checkpoint.restore(self._reference(), folder / checkpoint.REFERENCE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The model card of `transformers.Trainer`, tagged fastppo and ppo."""
@@ -654,6 +821,15 @@ class PPOTrainer(Trainer):
             os.makedirs(self.args.output_dir, exist_ok=True)
             kwargs.setdefault("tags", self._tag_names)
             super().create_model_card(*args, **kwargs)
+
+
+class _TokenScores(NamedTuple):
+    """What the models say of sampled tokens: (B, T) float32, 0 where none counts; `kl` with the estimator "full"."""
+
+    logprobs: Tensor
+    values: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor | None = None
 
 
 class _Clock:

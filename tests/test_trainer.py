@@ -50,6 +50,7 @@ def trainer(tmp_path: Path, **changes: Any) -> PPOTrainer:
         "data_collator",
         "reward_processing_classes",
         "optimizers",
+        "ptx_dataset",
     ]:
         if name in changes:
             parts[name] = changes.pop(name)

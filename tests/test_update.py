@@ -10,10 +10,13 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 from fastppo.advantages import rewards_and_advantages
 from fastppo.batch import Rollout, micro_batches
+from fastppo.controllers import ScoreScale
 from fastppo.models import ActorCritic
+from fastppo.objective import Objective
 from fastppo.rollout import Sampling, rollout
 from fastppo.score import token_scores
 from fastppo.update import update
@@ -52,6 +55,7 @@ def run(
 ) -> dict[str, float]:
     accelerator = settings.pop("accelerator", None) or Accelerator(cpu=True)
     optimizer = settings.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr)
+    objective = {name: settings.pop(name) for name in Objective.__dataclass_fields__ if name in settings}
     return update(
         settings.pop("wrapped", model),
         optimizer,
@@ -63,11 +67,8 @@ def run(
             "mini_batches": 1,
             "micro_batch_rows": None,
             "micro_batch_tokens": None,
-            "clip_range": 0.2,
-            "value_clip_range": 0.2,
-            "vf_coef": 0.1,
+            "objective": Objective(**objective),
             "max_grad_norm": None,
-            "target_kl": None,
             "pad_token_id": 0,
             "seed": 0,
             "accelerator": accelerator,
@@ -163,28 +164,52 @@ def test_poison_in_padding_changes_nothing() -> None:
         assert torch.equal(a, b)
 
 
+TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14, 15, 16]]
+# What the two ranks do, each on a model of its own.
+STEPS: dict[str, dict[str, Any]] = {
+    "token": {},
+    "sequence": {"aggregation": "sequence"},
+    "constant": {"aggregation": "constant", "response_length": 6},
+    "texts": {"ptx_coef": 0.5},
+    "value head": {"critic_only": True},
+    "actor and critic": {"separate": True},
+    "critic": {"separate": True, "critic_only": True},
+}
+
+
+def step(name: str, rank: int | None = None, accelerator: Accelerator | None = None) -> tuple[Any, Any]:
+    """The model after one of `STEPS` and what `update` said, of one rank or alone."""
+    settings = dict(STEPS[name])
+    model = fresh(settings.pop("separate", False))
+    mine = slice(0, 8) if rank is None else slice(rank * 4, rank * 4 + 4)
+    if "ptx_coef" in settings:
+        settings["texts"] = iter([TEXTS[mine.start // 2 : mine.stop // 2]])
+    episodes, data = experience(model, PROMPTS[mine], first=mine.start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if accelerator is not None:
+        settings |= {"accelerator": accelerator, "wrapped": accelerator.prepare(model), "micro_batch_rows": 3}
+        assert type(settings["wrapped"]).__name__ == "DistributedDataParallel"
+    return model, run(model, episodes, data, optimizer=optimizer, **settings)
+
+
 def _rank(rank: int, folder: str) -> None:
     """One of two ranks: half the episodes each, whitening and normalisation over both."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = os.environ["FASTPPO_TEST_PORT"]
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    model = fresh()
-    episodes, data = experience(model, PROMPTS[rank * 4 : rank * 4 + 4], first=rank * 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    wrapped = accelerator.prepare(model)
-    assert type(wrapped).__name__ == "DistributedDataParallel"
-    means = run(
-        model,
-        episodes,
-        data,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        accelerator=accelerator,
-        micro_batch_rows=3,
-    )
-    torch.save({"model": model.state_dict(), "means": means}, f"{folder}/{rank}.pt")
+    for name in STEPS:
+        # What a network of its own leaves out has no gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters="critic" in name or "head" in name)
+        model, means = step(name, rank, Accelerator(cpu=True, kwargs_handlers=[unused]))
+        torch.save({"model": model.state_dict(), "means": means}, f"{folder}/{name} {rank}.pt")
+    scale = ScoreScale(scale=True, center=True)
+    seen = [scale(torch.tensor(x[rank]), torch.ones(len(x[rank]), dtype=torch.bool)) for x in SCORES]
+    torch.save({"state": scale.state_dict(), "seen": seen}, f"{folder}/scores {rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+# Scores of two updates, of rank 0 and of rank 1.
+SCORES = [([1.0, 3.0], [5.0, 7.0]), ([2.0], [9.0])]
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,11 +219,20 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Any, monkeypatch: pytest.Monke
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("FASTPPO_TEST_PORT", str(free.getsockname()[1]))
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
-    alone = fresh()
-    means = run(alone, *experience(alone), lr=0.1)
-    for rank in range(2):
-        got = torch.load(tmp_path / f"{rank}.pt")
-        for name, p in alone.state_dict().items():
-            torch.testing.assert_close(got["model"][name], p, atol=2e-6, rtol=1e-4, msg=name)
-        for name in ("policy_loss", "value_loss", "entropy", "ratio", "grad_norm"):
-            assert got["means"][name] == pytest.approx(means[name], rel=1e-4, abs=1e-6), name
+    for name in STEPS:
+        alone, means = step(name)
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{name} {rank}.pt")
+            for weight, p in alone.state_dict().items():
+                torch.testing.assert_close(got["model"][weight], p, atol=2e-6, rtol=1e-4, msg=(name, weight))
+            for metric in ("policy_loss", "value_loss", "entropy", "ratio", "ptx_loss", "grad_norm"):
+                assert got["means"][metric] == pytest.approx(means[metric], rel=1e-4, abs=1e-6), (
+                    name,
+                    metric,
+                )
+    scale = ScoreScale(scale=True, center=True)
+    for i, (first, second) in enumerate(SCORES):
+        expected = scale(torch.tensor(first + second), torch.ones(len(first + second), dtype=torch.bool))
+        found = [torch.load(tmp_path / f"scores {rank}.pt") for rank in range(2)]
+        torch.testing.assert_close(torch.cat([x["seen"][i] for x in found]), expected)
+    assert found[0]["state"] == found[1]["state"]
