@@ -214,7 +214,7 @@ def _loss(
 def _ppo_loss(
     new: Evaluation, old: dict[str, Tensor], objective: Objective, normalizer: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`ops.ppo_loss` of N tokens that all count, and its `PPOStats` as one tensor. Where the policy was not evaluated, its
+    """`ops.ppo_loss` of N tokens that all count, its `PPOStats` as one tensor. Where the policy was not evaluated, its
     terms are 0.
     """
     trains_policy, trains_values = new.logprobs is not None, new.values is not None
