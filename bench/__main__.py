@@ -23,7 +23,17 @@ from bench.report import Row, as_json, disturbed, draw, markdown, rows_of, short
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "bench"
-CONCEPTS = ("sample", "logprobs", "linear_logprobs", "distribution_kl", "kl", "gae", "ppo_loss", "adamw")
+CONCEPTS = (
+    "sample",
+    "logprobs",
+    "linear_logprobs",
+    "distribution_kl",
+    "kl",
+    "gae",
+    "ppo_loss",
+    "ppo_loss_from_logits",
+    "adamw",
+)
 
 
 def main() -> None:
