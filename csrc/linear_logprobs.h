@@ -11,9 +11,9 @@ tile's product is rounded to that dtype, which for bf16 is what a bf16 lm_head r
 Backward walks the same tiles again, with a = the logits before the cap:
   dlogits as in logprobs.h;  da = logit_scale * (1 - (logits / softcap)^2) * dlogits
   dhidden = da @ weight;  dweight = da^T @ hidden;  dbias = sum over rows of da
-Rows whose two incoming gradients are 0 (clipped or masked tokens) are left out of every product (on CUDA, where only the
-device knows how many they are, they are zeros in it) and get exact zeros.
-dhidden and dbias are summed over tiles, and dweight over blocks of rows, in float32.
+Rows whose two incoming gradients are 0 (clipped or masked tokens) are left out of every product (on CUDA, where only
+the device knows how many they are, they are zeros in it) and get exact zeros. dhidden and dbias are summed over tiles,
+and dweight over blocks of rows, in float32.
 */
 #pragma once
 

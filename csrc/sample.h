@@ -15,8 +15,8 @@ row: per-element Gumbel noise would cost more than reading bf16 logits does.
 
 Results, float32 but for the id: logprobs = log-probability under softmax(logits / temperature), the behaviour policy of
 PPO's ratio; sampling_logprobs = log(weight / sum of kept weights); entropy of softmax(logits / temperature), nats.
-A row with NaN or +inf, or of only -inf, is an error: on the CPU it throws; on CUDA, where the host does not wait for the
-device, the row's id is -1 and its other results are NaN.
+A row with NaN or +inf, or of only -inf, is an error: on the CPU it throws; on CUDA, where the host does not wait for
+the device, the row's id is -1 and its other results are NaN.
 */
 #pragma once
 
