@@ -33,4 +33,8 @@ constexpr int64_t kBlock = 512;
 // where kept tokens can be.
 constexpr int64_t kChunk = 128;
 
+// Sums of logits are summed up part by part: a weight added to 256 others one after the other in float32 may be lost in
+// them, one added to 16 is not. A draw without truncation looks for its part first.
+constexpr int64_t kPart = 4 * kChunk;
+
 } // namespace fastppo

@@ -1,11 +1,11 @@
 /*
-sample on the CPU, in two steps.
-  1. Every tile of every row, in parallel: its sums (softmax.h) and, when something truncates, its chunk maxima.
-  2. Every row, in parallel: merge the tiles, find where the ranking is cut, draw.
-Without truncation the draw goes to a tile by the tile sums, to a chunk by the chunk sums of that tile, and looks at the
-weights of that chunk only. With truncation it looks at the chunks whose maximum reaches a bound below which no kept
-token can be; the cut is found there by radix selection over the bits of the logits. Nothing is sorted, and a row of
-equal logits costs no more than any other.
+sample on the CPU, in one parallel region: the sums of every tile of every row (softmax.h) with, when something
+truncates, its chunk maxima, else its part sums. Who finishes the last tile of a row draws the row: merges the tiles,
+finds where the ranking is cut, draws. A second region for the rows would cost another meeting of all threads, and find
+the logits gone from the cache. Without truncation the draw goes to a tile by the tile sums, to a part by the part sums
+of that tile, and looks at the weights of that part only. With truncation it looks at the chunks whose maximum reaches a
+bound below which no kept token can be; the cut is found there by radix selection over the bits of the logits. Nothing
+is sorted, and a row of equal logits costs no more than any other.
 */
 #include "csrc/sample.h"
 
@@ -13,7 +13,8 @@ equal logits costs no more than any other.
 #include "cpu/vec/logprobs.h"
 #include "cpu/vec/sample.h"
 
-#include <string>
+#include <atomic>
+#include <numeric>
 
 namespace fastppo {
 namespace {
@@ -33,7 +34,7 @@ struct Drawn {
   double log_probability; // under the distribution it was drawn from
 };
 
-// The tokens of a row that may be kept, in id order. One for each thread, reused from row to row.
+// The tokens of a row that may be kept, in id order.
 struct Candidates {
   int64_t size = 0;
   std::vector<int64_t> ids;
@@ -48,15 +49,34 @@ struct Candidates {
   }
 };
 
+struct Digit {
+  double mass = 0;
+  int64_t count = 0;
+};
+
+// What a truncated draw works on. One for each thread, kept from row to row and from call to call.
+struct Workspace {
+  Candidates candidates;
+  std::vector<Digit> digits;
+};
+
+// What the threads of a call share, for the one that drew it up: kept from call to call, too.
+struct Shared {
+  std::vector<SoftmaxSums> sums;   // of each tile
+  std::vector<float> details;      // of each tile (TileDetails)
+  std::vector<int32_t> tiles_left; // of each row
+};
+
 class RowSampler {
  public:
-  RowSampler(const LogitRows& x, const Settings& settings) : x_(x), settings_(settings) {}
+  RowSampler(const LogitRows& x, const Settings& settings, Workspace& workspace)
+      : x_(x), settings_(settings), candidates_(workspace.candidates), digits_(workspace.digits) {}
 
-  // tiles: the sums of each tile. maxima: of each block, only looked at when something truncates.
-  Drawn draw(int64_t row, const SoftmaxSums& total, const SoftmaxSums* tiles, const float* maxima, double uniform) {
+  // tiles: the sums of each tile. details: chunk maxima of the row when something truncates, else its part sums.
+  Drawn draw(int64_t row, const SoftmaxSums& total, const SoftmaxSums* tiles, const float* details, double uniform) {
     row_ = row;
     total_ = total;
-    return settings_.truncates() ? draw_truncated(maxima, uniform) : draw_any(tiles, uniform);
+    return settings_.truncates() ? draw_truncated(details, uniform) : draw_any(tiles, details, uniform);
   }
 
  private:
@@ -78,20 +98,27 @@ class RowSampler {
     return place;
   }
 
-  Drawn draw_any(const SoftmaxSums* tiles, double uniform) {
+  Drawn draw_any(const SoftmaxSums* tiles, const float* part_sums, double uniform) {
     const auto scale = [&](int64_t tile) {
       return std::exp((tiles[tile].reference - total_.reference) * settings_.inv_temperature);
     };
     double target = uniform * total_.sum;
     const int64_t tile = place_of(target, tiles_of(x_.vocabulary), [&](int64_t i) { return tiles[i].sum * scale(i); });
     target /= scale(tile);
-    const int64_t column = tile * kTile, n = std::min(kTile, x_.vocabulary - column);
-    float weights[kTile];
-    double chunks[kTile / kChunk];
+    const int64_t first_part = tile * (kTile / kPart);
+    const int64_t parts = (std::min(kTile, x_.vocabulary - tile * kTile) + kPart - 1) / kPart;
+    const int64_t part =
+        first_part + place_of(target, parts, [&](int64_t i) -> double { return part_sums[first_part + i]; });
+    const int64_t column = part * kPart, n = std::min(kPart, x_.vocabulary - column);
+    const int64_t chunk_count = (n + kChunk - 1) / kChunk;
+    float weights[kPart];
+    double chunks[kPart / kChunk];
     weigh_chunks_(
         x_.at(row_, column), x_.dtype, n, static_cast<float>(tiles[tile].reference), settings_.inv_temperature, weights,
         chunks);
-    const int64_t first = kChunk * place_of(target, (n + kChunk - 1) / kChunk, [&](int64_t i) { return chunks[i]; });
+    // These are more precise than the part sum, and of a reference rounded to float32.
+    target *= std::accumulate(chunks, chunks + chunk_count, 0.0) / part_sums[part];
+    const int64_t first = kChunk * place_of(target, chunk_count, [&](int64_t i) { return chunks[i]; });
     const int64_t id = column + first + place_of(target, std::min(kChunk, n - first), [&](int64_t i) -> double {
                          return weights[first + i];
                        });
@@ -263,11 +290,6 @@ class RowSampler {
     return {prefix, each > 0 ? kept_ties(before, each, target, ties) : ties};
   }
 
-  struct Digit {
-    double mass = 0;
-    int64_t count = 0;
-  };
-
   static constexpr double kDeepest = 105; // nats below the best token, from where on float32 weights are 0
 
   const LogitRows& x_;
@@ -279,8 +301,8 @@ class RowSampler {
   int64_t row_ = 0;
   SoftmaxSums total_;
   float best_ = 0; // the highest logit of the row
-  Candidates candidates_;
-  std::vector<Digit> digits_;
+  Candidates& candidates_;
+  std::vector<Digit>& digits_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample(
@@ -292,42 +314,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(
   const Tensor held_counters = contiguous_ids(counters);
   const int64_t* counter = id_data(held_counters);
 
-  const int64_t tiles = tiles_of(x.vocabulary), chunks = (x.vocabulary + kChunk - 1) / kChunk;
-  std::vector<SoftmaxSums> sums(x.rows * tiles);
-  std::vector<float> maxima(settings.truncates() ? x.rows * chunks : 0);
-  const auto tile_sums = FASTPPO_PICK(softmax_sums);
-  for_each_tile(x.rows, x.vocabulary, [&](int64_t row, int64_t tile, int64_t column, int64_t n) {
-    float* maxima_out = settings.truncates() ? &maxima[row * chunks + column / kChunk] : nullptr;
-    tile_sums(x.at(row, column), x.dtype, n, settings.inv_temperature, sums[row * tiles + tile], maxima_out);
-  });
-
-  std::vector<SoftmaxSums> totals(x.rows);
-  for (int64_t row = 0; row < x.rows; ++row) {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      totals[row].merge(sums[row * tiles + tile], settings.inv_temperature);
-    }
-    if (const char* why = not_a_distribution(totals[row])) {
-      check(false, "sample", "logits row ", row, " ", why);
-    }
-  }
-
   const Tensor ids = empty_tensor(counters.sizes(), ScalarType::Long);
   const Tensor policy = empty_float(counters.sizes()), sampling = empty_float(counters.sizes());
   const Tensor entropy = empty_float(counters.sizes());
   auto* id_out = static_cast<int64_t*>(ids.mutable_data_ptr());
   float *policy_out = float_data(policy), *sampling_out = float_data(sampling), *entropy_out = float_data(entropy);
-  torch::stable::parallel_for(0, x.rows, 1, [&](int64_t begin, int64_t end) {
-    RowSampler sampler(x, settings);
-    for (int64_t row = begin; row < end; ++row) {
-      const Drawn drawn = sampler.draw(
-          row, totals[row], &sums[row * tiles], maxima.data() + (settings.truncates() ? row * chunks : 0),
-          philox_uniform(settings.seed, static_cast<uint64_t>(counter[row])));
-      id_out[row] = drawn.id;
-      policy_out[row] = static_cast<float>(totals[row].logprob(x.value(row, drawn.id), settings.inv_temperature));
-      sampling_out[row] = static_cast<float>(drawn.log_probability);
-      entropy_out[row] = static_cast<float>(totals[row].entropy());
+
+  const int64_t tiles = tiles_of(x.vocabulary), detail = settings.truncates() ? kChunk : kPart;
+  const int64_t details = (x.vocabulary + detail - 1) / detail;
+  thread_local Shared kept;
+  Shared& shared = kept; // a thread_local named inside the region would be another thread's
+  shared.sums.resize(x.rows * tiles);
+  shared.details.resize(x.rows * details);
+  shared.tiles_left.assign(x.rows, static_cast<int32_t>(tiles));
+
+  const auto total_of = [&](int64_t row) {
+    SoftmaxSums total;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      total.merge(shared.sums[row * tiles + tile], settings.inv_temperature);
+    }
+    return total;
+  };
+  std::atomic<bool> all_are_distributions = true;
+  const auto draw = [&](RowSampler& sampler, int64_t row) {
+    const SoftmaxSums total = total_of(row);
+    if (not_a_distribution(total)) {
+      all_are_distributions.store(false, std::memory_order_relaxed);
+      return;
+    }
+    const Drawn drawn = sampler.draw(
+        row, total, &shared.sums[row * tiles], &shared.details[row * details],
+        philox_uniform(settings.seed, static_cast<uint64_t>(counter[row])));
+    id_out[row] = drawn.id;
+    policy_out[row] = static_cast<float>(total.logprob(x.value(row, drawn.id), settings.inv_temperature));
+    sampling_out[row] = static_cast<float>(drawn.log_probability);
+    entropy_out[row] = static_cast<float>(total.entropy());
+  };
+
+  const auto tile_sums = FASTPPO_PICK(softmax_sums);
+  torch::stable::parallel_for(0, x.rows * tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
+    thread_local Workspace workspace;
+    RowSampler sampler(x, settings, workspace);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / tiles, column = task % tiles * kTile;
+      float* wanted = &shared.details[row * details + column / detail];
+      const TileDetails tile_details =
+          settings.truncates() ? TileDetails{nullptr, wanted} : TileDetails{wanted, nullptr};
+      tile_sums(
+          x.at(row, column), x.dtype, std::min(kTile, x.vocabulary - column), settings.inv_temperature,
+          shared.sums[task], &tile_details);
+      if (std::atomic_ref(shared.tiles_left[row]).fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        draw(sampler, row);
+      }
     }
   });
+
+  for (int64_t row = 0; !all_are_distributions && row < x.rows; ++row) {
+    if (const char* why = not_a_distribution(total_of(row))) {
+      fail("sample", "logits row ", row, " ", why);
+    }
+  }
   return {ids, policy, sampling, entropy};
 }
 

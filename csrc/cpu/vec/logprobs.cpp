@@ -33,9 +33,12 @@ struct Base2Sums {
     weighted_high = weighted_high + other.weighted_high;
   }
 
-  // Makes the sums relative to a maximum that is higher by -shift in t.
-  void rescale(float shift) {
-    const float factor = std::exp2(shift);
+  float sum() const {
+    return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum_low + sum_high);
+  }
+
+  // Makes the sums relative to a maximum that is higher by -shift in t, factor = 2^shift.
+  void rescale(float shift, float factor) {
     if (factor == 0) {
       *this = {}; // shift may be -inf
       return;
@@ -53,27 +56,28 @@ struct Base2Sums {
   }
 };
 
-// body(part of x, where it begins, its length). Sums are summed up part by part: a weight added to 256 others one after
-// the other in float32 may be lost in them, one added to 16 is not.
+enum class Detail { kNone, kPartSums, kMaxima };
+
+// body(part of x, where it begins, its length).
 template <class T, class Body>
 void for_each_part(const T* x, int64_t n, const Body& body) {
-  constexpr int64_t kPart = 4 * kChunk;
   for (int64_t begin = 0; begin < n; begin += kPart) {
     body(x + begin, begin, std::min(kPart, n - begin));
   }
 }
 
-template <class T, bool kWithMaxima>
-SoftmaxSums quick_sums(const T* x, int64_t n, double inv_temperature, float scale, float* maxima) {
+// details: part sums or maxima, as kDetail says.
+template <class T, Detail kDetail>
+SoftmaxSums quick_sums(const T* x, int64_t n, double inv_temperature, float scale, float* details) {
   const Scaled scaled(max_of(x, std::min(n, kChunk)), scale);
   Base2Sums<T> total;
   for_each_part(x, n, [&](const T* part, int64_t begin, int64_t count) {
     Base2Sums<T> sums;
     const auto add = [&](const Step& v) { sums.add(scaled(v.low), scaled(v.high)); };
-    if constexpr (kWithMaxima) {
+    if constexpr (kDetail == Detail::kMaxima) {
       for_each_chunk(part, count, [&](const T* logits, int64_t index) {
         const Chunk<T> chunk(logits);
-        maxima[begin / kChunk + index] = max_lane(chunk.max());
+        details[begin / kChunk + index] = max_lane(chunk.max());
         for (const Step& v : chunk.steps) {
           add(v);
         }
@@ -81,13 +85,16 @@ SoftmaxSums quick_sums(const T* x, int64_t n, double inv_temperature, float scal
     } else {
       for_each_step_unordered(part, count, add);
     }
+    if constexpr (kDetail == Detail::kPartSums) {
+      details[begin / kPart] = sums.sum();
+    }
     total.add(sums);
   });
   return total.natural(scaled.reference(), inv_temperature, scale);
 }
 
-template <class T, bool kWithMaxima>
-SoftmaxSums careful_sums(const T* x, int64_t n, double inv_temperature, float scale, float* maxima) {
+template <class T, Detail kDetail>
+SoftmaxSums careful_sums(const T* x, int64_t n, double inv_temperature, float scale, float* details) {
   const Vec scales(scale);
   float highest = -kInfinity;
   Base2Sums<T> total;
@@ -95,7 +102,13 @@ SoftmaxSums careful_sums(const T* x, int64_t n, double inv_temperature, float sc
     const float part_max = max_of(part, count);
     if (part_max > highest) {
       if (highest > -kInfinity) {
-        total.rescale((highest - part_max) * scale);
+        const float shift = (highest - part_max) * scale, factor = std::exp2(shift);
+        total.rescale(shift, factor);
+        if constexpr (kDetail == Detail::kPartSums) {
+          for (int64_t i = 0; i < begin / kPart; ++i) {
+            details[i] *= factor;
+          }
+        }
       }
       highest = part_max;
     }
@@ -103,26 +116,29 @@ SoftmaxSums careful_sums(const T* x, int64_t n, double inv_temperature, float sc
     Base2Sums<T> sums;
     for_each_chunk(part, count, [&](const T* logits, int64_t index) {
       const Chunk<T> chunk(logits);
-      if constexpr (kWithMaxima) {
-        maxima[begin / kChunk + index] = max_lane(chunk.max());
+      if constexpr (kDetail == Detail::kMaxima) {
+        details[begin / kChunk + index] = max_lane(chunk.max());
       }
       for (const Step& v : chunk.steps) {
         sums.add(at_least_lowest((v.low - max) * scales), at_least_lowest((v.high - max) * scales));
       }
     });
+    if constexpr (kDetail == Detail::kPartSums) {
+      details[begin / kPart] = sums.sum();
+    }
     total.add(sums);
   });
   return total.natural(highest, inv_temperature, scale);
 }
 
-template <class T, bool kWithMaxima>
-SoftmaxSums sums(const T* x, int64_t n, double inv_temperature, float* maxima) {
+template <class T, Detail kDetail>
+SoftmaxSums sums(const T* x, int64_t n, double inv_temperature, float* details) {
   const auto scale = static_cast<float>(inv_temperature * kLog2E);
   constexpr double kMostQuick = 0x1p20; // 14 nats above the reference; a multiple of a float32 rounding more
-  const SoftmaxSums quick = quick_sums<T, kWithMaxima>(x, n, inv_temperature, scale, maxima);
+  const SoftmaxSums quick = quick_sums<T, kDetail>(x, n, inv_temperature, scale, details);
   return quick.sum < kMostQuick && std::isfinite(quick.weighted)
              ? quick
-             : careful_sums<T, kWithMaxima>(x, n, inv_temperature, scale, maxima);
+             : careful_sums<T, kDetail>(x, n, inv_temperature, scale, details);
 }
 
 template <class T>
@@ -140,12 +156,18 @@ void grad(const SoftmaxGrad& row, const T* x, int64_t n, T* dx) {
 
 } // namespace
 
-void softmax_sums(const void* x, DType dtype, int64_t n, double inv_temperature, SoftmaxSums& out, float* maxima) {
+void softmax_sums(
+    const void* x, DType dtype, int64_t n, double inv_temperature, SoftmaxSums& out, const TileDetails* details) {
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const T* logits = static_cast<const T*>(x);
-    out = maxima == nullptr ? sums<T, false>(logits, n, inv_temperature, nullptr)
-                            : sums<T, true>(logits, n, inv_temperature, maxima);
+    if (details == nullptr) {
+      out = sums<T, Detail::kNone>(logits, n, inv_temperature, nullptr);
+    } else if (details->part_sums != nullptr) {
+      out = sums<T, Detail::kPartSums>(logits, n, inv_temperature, details->part_sums);
+    } else {
+      out = sums<T, Detail::kMaxima>(logits, n, inv_temperature, details->maxima);
+    }
   });
 }
 

@@ -126,7 +126,9 @@ void for_each_step(const T* x, int64_t n, const Body& body) {
   }
 }
 
-// As for_each_step, with the lanes of a step in an order of their own.
+// As for_each_step, with the lanes of a step in an order of their own. Asking for the memory 4 KB ahead, across the
+// ends of pages, lost: rows of 49152 took 11.8 -> 14.4 µs in float32, 8.6 -> 8.2 in bfloat16 (EPYC 9004, one core, from
+// memory).
 template <class T, class Body>
 void for_each_step_unordered(const T* x, int64_t n, const Body& body) {
   int64_t i = 0;
