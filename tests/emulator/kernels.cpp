@@ -369,7 +369,7 @@ Results linear_logprobs() {
   });
 }
 
-// One block of two warps for a row, and two blocks of one; with and without truncation, maxima in either memory.
+// One block of two warps for a row, and two blocks of one; with and without truncation.
 Results sample() {
   constexpr int64_t kRows = 3, kVocabulary = 300;
   const Inputs in(kRows, kVocabulary);
@@ -410,8 +410,8 @@ Results sample() {
           out.add(),
           {tiles.data(), static_cast<int64_t>(tiles.size())},
           arrived.data(),
-          splits == 1 ? Span<float>() : Span<float>{maxima.data(), static_cast<int64_t>(maxima.size())}};
-      const int64_t bytes = truncates ? kHistogramBytes + split.maxima() * static_cast<int64_t>(sizeof(float)) : 0;
+          {maxima.data(), static_cast<int64_t>(maxima.size())}};
+      const int64_t bytes = truncates ? kHistogramBytes : 0;
       const auto kernel = truncates ? sample_kernel<float, true> : sample_kernel<float, false>;
       FASTPPO_LAUNCH(
           kernel, static_cast<unsigned>(kRows * splits), static_cast<unsigned>(32 * split.warps), bytes, nullptr, args);
