@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor> distribution_kl_backward(
     const Tensor& grad_kl, const Tensor& logits, const Tensor& ref_logits, const Tensor& kl, const Tensor& stats,
     double temperature, bool needs_logits, bool needs_ref_logits) {
   const LogitRows x(logits), y(ref_logits);
-  const Tensor dlogits = empty_if(needs_logits, logits), dref_logits = empty_if(needs_ref_logits, ref_logits);
+  const Tensor dlogits = on_large_pages(empty_if(needs_logits, logits)),
+               dref_logits = on_large_pages(empty_if(needs_ref_logits, ref_logits));
   const RowValues row_grad(grad_kl), row_kl(kl), row_stats(stats);
   const double inv_temperature = 1 / temperature;
   const auto tile_grad = FASTPPO_PICK(kl_grad);

@@ -48,7 +48,7 @@ Tensor logprobs_backward(
   const Tensor held_ids = contiguous_ids(ids);
   const int64_t* id = id_data(held_ids);
   const LogitRows x(logits);
-  const Tensor dlogits = empty_gradient(logits);
+  const Tensor dlogits = on_large_pages(empty_tensor(logits.sizes(), logits.scalar_type()));
   const LogitRows dx(dlogits);
   const RowValues row_grad_logprob(grad_logprobs), row_grad_entropy(grad_entropy);
   const RowValues row_entropy(entropy), row_reference(reference), row_log_sum(log_sum);

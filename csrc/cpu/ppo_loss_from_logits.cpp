@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss_from_logits_cpu(
 
   const Tensor new_logprobs = empty_float(ids.sizes()), entropy = empty_float(ids.sizes());
   float *logprob_out = float_data(new_logprobs), *entropy_out = float_data(entropy);
-  const Tensor dlogits = empty_if(needs_logits, logits);
+  const Tensor dlogits = on_large_pages(empty_if(needs_logits, logits));
   const TokenFloats old(logprobs), advantage(advantages), ref(ref_logprobs ? *ref_logprobs : logprobs);
   const PpoCoefficients coefficients(settings, tokens);
   const double inv_temperature = 1 / temperature;
