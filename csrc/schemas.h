@@ -49,6 +49,11 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale=1.0, "
       "Tensor? grad_scale_tensor=None) -> ()");
 
+  // decode_attention
+  m.def(
+      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor slots, Tensor lengths, float scale, int? window) -> Tensor");
+
   // logprobs
   m.def(
       "logprobs(Tensor logits, Tensor ids, float temperature) "

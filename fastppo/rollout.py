@@ -1,8 +1,12 @@
 """Responses from the policy: prompts in, `Rollout` out.
 
-Generation runs in process: prompts in groups of similar length, a key-value cache, the LM head on the last position
-alone, one fused sampling op per step. Rows leave the batch when they finish. Every draw comes from (seed, episode,
-position), so the responses do not depend on how episodes are grouped.
+Generation runs in process, on a key-value cache of slots (`cache.py`): a row that finishes leaves, a prompt that waits
+takes its slot, nothing is padded and nothing moves. One prefill serves all responses to a prompt, and what all prompts
+begin with is prefilled once. The LM head sees the last position alone, one fused op samples. Every draw comes from
+(seed, episode, position), so the responses depend neither on neighbours nor on slots.
+
+Models that keep more than keys and values (state-space layers, attention sinks …) go in padded groups on their own
+cache; `cache.why_no_slots` names the reason.
 """
 
 from __future__ import annotations
@@ -25,14 +29,23 @@ from transformers import (
 
 from . import ops
 from .batch import Rollout, groups_by_length
+from .cache import SlotCache, cache_argument, decoding, why_no_slots, windows
 from .models import accepts, context_length, text_config
 
 # An episode's draws are numbered episode * 2^24 + position: longer responses than any context length.
 _DRAWS_PER_EPISODE = 1 << 24
 # Where the host has to wait for the device, look for finished rows this often.
 _CHECK_EVERY = 16
-# Drop finished rows from the batch once they are this share of it: dropping copies the cache.
+# Drop finished rows from a padded group once they are this share of it: dropping copies the cache.
 _DROP_SHARE = 0.25
+# Let prompts in once this share of the slots is free: a prefill stalls the rows that decode, and few prompts make a slow one.
+_ADMIT_SHARE = 0.25
+# Tokens per slot to begin with, beyond the prompt: enough for most responses, and more is made in steps.
+_FIRST_CAPACITY = 64
+# What all prompts begin with is worth a pass of its own from this many tokens on.
+_SHORTEST_PREFIX = 8
+# Prompts are prefilled together with ones at most this much longer, or a third longer.
+_SIMILAR = 16
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def rollout(
         seed: of all draws; the draws of episode i depend on (seed, first_episode + i) and nothing else.
         first_episode: number of the first episode of this call within the run.
         num_generations: responses per prompt; episodes i*num_generations ... belong to prompt i.
-        max_rows: most episodes in one forward pass.
+        max_rows: most episodes in one forward pass (the number of slots), but never less than `num_generations`.
         tokenizer: needed for stop strings.
         logits_processor: further `transformers.LogitsProcessor`s, applied to the raw logits before temperature and
             truncation. Log-probs are those of the processed logits; PPO's own come from the training path.
@@ -103,22 +116,40 @@ def rollout(
     lengths = torch.full((episodes,), sampling.max_new_tokens, dtype=torch.int64, device=device)
     stopped = torch.zeros(episodes, dtype=torch.bool, device=device)
 
-    for group in groups_by_length([len(p) for p in prompts], max_rows=max(1, max_rows // num_generations)):
-        _generate_group(
+    out = (response_ids, draws, lengths, stopped)
+    if why_no_slots(policy) is None:
+        _Slots(
             policy,
-            [prompts[i] for i in group],
-            torch.tensor(
-                [i * num_generations + g for i in group for g in range(num_generations)], device=device
-            ),
+            prompts,
             sampling,
             num_generations=num_generations,
             seed=seed,
             first_episode=first_episode,
+            max_rows=max_rows,
             pad_token_id=pad_token_id,
             stop_strings=stop_strings,
             logits_processor=logits_processor,
-            out=(response_ids, draws, lengths, stopped),
-        )
+            out=out,
+        ).run()
+    else:
+        for group in groups_by_length(
+            [len(p) for p in prompts], max_rows=max(1, max_rows // num_generations)
+        ):
+            _generate_group(
+                policy,
+                [prompts[i] for i in group],
+                torch.tensor(
+                    [i * num_generations + g for i in group for g in range(num_generations)], device=device
+                ),
+                sampling,
+                num_generations=num_generations,
+                seed=seed,
+                first_episode=first_episode,
+                pad_token_id=pad_token_id,
+                stop_strings=stop_strings,
+                logits_processor=logits_processor,
+                out=out,
+            )
 
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]
@@ -139,6 +170,268 @@ class _Draws:
     logprobs: Tensor
     sampling_logprobs: Tensor
     entropy: Tensor
+
+
+class _Slots:
+    """Continuous batching: rows decode in slots of one cache, each at its own length.
+
+    A prompt's last token is not prefilled but decoded, as every later one: its logits give the first draw. So a
+    prefill needs no logits, and a new row joins the others at once.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        num_generations: int,
+        seed: int,
+        first_episode: int,
+        max_rows: int,
+        pad_token_id: int,
+        stop_strings: StopStringCriteria | None,
+        logits_processor: Sequence[LogitsProcessor],
+        out: tuple[Tensor, _Draws, Tensor, Tensor],
+    ) -> None:
+        self.policy, self.prompts, self.sampling = policy, prompts, sampling
+        self.generations, self.seed, self.first_episode = num_generations, seed, first_episode
+        self.pad_token_id, self.stop_strings = pad_token_id, stop_strings
+        self.response_ids, self.draws, self.response_lengths, self.stopped = out
+        self.device = self.response_ids.device
+        self.processors = LogitsProcessorList(logits_processor)
+        self.penalty = (
+            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+            if sampling.repetition_penalty != 1
+            else None
+        )
+        self.stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
+        self.check_every = 1 if self.device.type == "cpu" else _CHECK_EVERY
+        self.cache_argument = cache_argument(policy)
+
+        # Longest first, so that prompts of similar length are prefilled together and the longest rows do not come last.
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        slots = num_generations * max(1, min(max_rows // num_generations, len(prompts)))
+        self.free = list(range(slots))
+        self.slot_count = slots
+        longest = max(len(p) for p in prompts)
+        self.limit = longest + sampling.max_new_tokens - 1  # the last token drawn is never fed back
+        capacity = min(self.limit, longest - 1 + _FIRST_CAPACITY)
+        self.cache = SlotCache(slots, capacity, windows(policy))
+        self.prefix = self._prefill_prefix()
+
+        # Of the rows that decode, in the order of the batch. On the host: what it can know without asking the device.
+        self.host: list[_Row] = []
+        self.episodes, self.slots, self.lengths, self.steps, self.ids = (
+            torch.zeros(0, dtype=torch.int64, device=self.device) for _ in range(5)
+        )
+        self.done = torch.zeros(0, dtype=torch.bool, device=self.device)
+        # What each slot holds, prompt and response: for processors, penalties and stop strings.
+        self.keeps_tokens = bool(self.processors) or self.penalty is not None or stop_strings is not None
+        self.tokens = torch.zeros(
+            (slots, self.limit + 1) if self.keeps_tokens else (0, 0), dtype=torch.int64, device=self.device
+        )
+
+    def run(self) -> None:
+        while self.waiting or self.host:
+            self._admit()
+            with decoding(self.policy, self.cache):
+                while self.host and not self._has_room():
+                    self._step()
+                    self._release()
+
+    def _has_room(self) -> bool:
+        """Should prompts be let in now?"""
+        enough = max(self.generations, _ADMIT_SHARE * self.slot_count)
+        return bool(self.waiting) and (len(self.free) >= enough or not self.host)
+
+    # Letting prompts in
+
+    def _prefill_prefix(self) -> tuple[int, DynamicCache | None]:
+        """Length and cache of what all prompts begin with, last tokens aside; (0, None) where that is too little."""
+        shortest, longest = min(self.prompts), max(self.prompts)  # by token ids, not by length
+        shared = 0
+        while (
+            shared < min(len(shortest), len(longest)) - 1 and shortest[shared] == longest[shared]
+        ):
+            shared += 1
+        shared = min(shared, min(len(p) for p in self.prompts) - 1)
+        if len(self.prompts) == 1 or shared < _SHORTEST_PREFIX:
+            return 0, None
+        cache = DynamicCache()
+        self._prefill([list(self.prompts[0][:shared])], cache)
+        return shared, cache
+
+    def _prefill(self, bodies: list[list[int]], cache: DynamicCache) -> None:
+        """Run the policy, with its own attention, over what comes after the cache's tokens.
+
+        Padding is on the right, where causal attention needs no mask; what it leaves in the cache is past each
+        row's length and written over before it is read. All layers keep everything: a layer with a window would
+        forget what the short rows still need.
+        """
+        width = max(len(b) for b in bodies)
+        input_ids = torch.tensor(
+            [b + [self.pad_token_id] * (width - len(b)) for b in bodies], device=self.device
+        )
+        self.policy(input_ids=input_ids, use_cache=True, logits_to_keep=1, **{self.cache_argument: cache})
+
+    def _admit(self) -> None:
+        """Prefill as many waiting prompts as there are slots, and let their rows join the batch."""
+        count = len(self.free) // self.generations
+        admitted, self.waiting = self.waiting[:count], self.waiting[count:]
+        while admitted:
+            longest = len(self.prompts[admitted[0]])
+            similar = [
+                i for i in admitted if longest - len(self.prompts[i]) <= max(_SIMILAR, longest // 4)
+            ]
+            self._admit_similar(similar)
+            admitted = admitted[len(similar) :]  # sorted by length
+
+    def _admit_similar(self, numbers: list[int]) -> None:
+        shared, prefix = self.prefix
+        bodies = [list(self.prompts[i][shared:-1]) for i in numbers]
+        slots = [self.free.pop() for _ in range(len(numbers) * self.generations)]
+        new = [
+            _Row(i * self.generations + g, len(self.prompts[i]))
+            for i in numbers
+            for g in range(self.generations)
+        ]
+        slot_ids = torch.tensor(slots, device=self.device)
+        if shared or len(bodies[0]) > 0:
+            cache = DynamicCache()
+            if prefix is not None:
+                for layer, states in enumerate(prefix.layers):
+                    cache.update(
+                        *(x.expand(len(bodies), -1, -1, -1) for x in (states.keys, states.values)),  # type: ignore[union-attr]
+                        layer,
+                    )
+            if len(bodies[0]) > 0:
+                self._prefill(bodies, cache)
+            rows = torch.arange(len(numbers), device=self.device).repeat_interleave(self.generations)
+            self.cache.store(cache, slot_ids, rows)
+        episodes = torch.tensor([row.episode for row in new], device=self.device)
+        lengths = torch.tensor([row.prompt - 1 for row in new], device=self.device)
+        last = torch.tensor(
+            [self.prompts[i][-1] for i in numbers for _ in range(self.generations)], device=self.device
+        )
+        if self.keeps_tokens:
+            width = len(self.prompts[numbers[0]])
+            self.tokens[slot_ids, :width] = torch.tensor(
+                [
+                    list(self.prompts[i]) + [0] * (width - len(self.prompts[i]))
+                    for i in numbers
+                    for _ in range(self.generations)
+                ],
+                device=self.device,
+            )
+        self.host += new
+        for row, slot in zip(new, slots, strict=True):
+            row.slot = slot
+        self.episodes = torch.cat([self.episodes, episodes])
+        self.slots = torch.cat([self.slots, slot_ids])
+        self.lengths = torch.cat([self.lengths, lengths])
+        self.steps = torch.cat([self.steps, torch.zeros_like(lengths)])
+        self.ids = torch.cat([self.ids, last])
+        self.done = torch.cat([self.done, torch.zeros_like(last, dtype=torch.bool)])
+
+    # One token for every row
+
+    def _step(self) -> None:
+        sampling, rows, steps = self.sampling, self.episodes, self.steps
+        self.cache.reserve(max(row.prompt + row.step for row in self.host), self.limit)
+        self.cache.slots, self.cache.lengths = self.slots, self.lengths
+        logits = self.policy(
+            input_ids=self.ids[:, None],
+            position_ids=self.lengths[:, None],
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.cache_argument: self.cache},
+        ).logits[:, -1]
+        logits = self._processed(logits)
+        draw = ops.sample(
+            logits,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=self.seed,
+            counters=(self.first_episode + rows) * _DRAWS_PER_EPISODE + steps,
+        )
+        # On CUDA an id of -1, with a log-prob of NaN, says that a row's logits are no distribution. The host hears of
+        # it when it next waits for the device; until then the model needs an id.
+        self.ids = draw.token_ids.clamp_min(0)
+        self.response_ids[rows, steps] = self.ids
+        self.draws.logprobs[rows, steps] = draw.logprobs
+        self.draws.sampling_logprobs[rows, steps] = draw.sampling_logprobs
+        self.draws.entropy[rows, steps] = draw.entropy
+        self.lengths, self.steps = self.lengths + 1, steps + 1
+        for row in self.host:
+            row.step += 1
+        stops = torch.isin(self.ids, self.stop_ids)
+        if self.keeps_tokens:
+            self.tokens[self.slots, self.lengths] = self.ids
+        if self.stop_strings is not None:
+            hits = self.stop_strings(self._history(), None)  # type: ignore[arg-type]
+            stops |= hits & (self.steps >= sampling.min_new_tokens)
+        stops &= ~self.done
+        self.response_lengths[rows] = torch.where(stops, self.steps, self.response_lengths[rows])
+        self.stopped[rows] |= stops
+        self.done |= stops
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        if self.penalty is not None:
+            # It counts what a row holds; its own first token stands in for the padding.
+            logits = self.penalty(self._history(first_token=True), logits)  # type: ignore[arg-type]
+        if self.processors:
+            logits = self.processors(self._history(), logits)  # type: ignore[arg-type]
+        least = self.sampling.min_new_tokens
+        if len(self.stop_ids) and min(row.step for row in self.host) < least:
+            early = (self.steps < least)[:, None]
+            logits = logits.index_copy(
+                1, self.stop_ids, logits[:, self.stop_ids].masked_fill(early, -torch.inf)
+            )
+        return logits
+
+    def _history(self, first_token: bool = False) -> Tensor:
+        """(B, longest) ids of prompt and response so far, left-padded as `generate` has them."""
+        # Between the draw and the next step, and before the first, a row holds one token more than its cache.
+        width = max(row.prompt + row.step for row in self.host)
+        held = self.lengths + 1
+        places = torch.arange(width, device=self.device) - (width - held)[:, None]
+        ids = self.tokens[self.slots].gather(1, places.clamp_min(0))
+        return ids if first_token else ids.masked_fill(places < 0, self.pad_token_id)
+
+    # Letting rows out
+
+    def _release(self) -> None:
+        """Take finished rows out of the batch. Where the host has to wait for the device to know, only now and then."""
+        limit = self.sampling.max_new_tokens
+        full = any(row.step == limit for row in self.host)
+        if not full and self.host[0].step % self.check_every:
+            return
+        _check_drawn(self.draws.logprobs, self.episodes, self.first_episode)
+        stopped = self.done.tolist()
+        kept = [
+            i for i, row in enumerate(self.host) if not stopped[i] and row.step < limit
+        ]
+        if len(kept) == len(self.host):
+            return
+        self.free += [row.slot for i, row in enumerate(self.host) if stopped[i] or row.step == limit]
+        self.host = [self.host[i] for i in kept]
+        keep = torch.tensor(kept, dtype=torch.int64, device=self.device)
+        self.episodes, self.slots, self.lengths, self.steps, self.ids, self.done = (
+            x[keep] for x in (self.episodes, self.slots, self.lengths, self.steps, self.ids, self.done)
+        )
+
+
+@dataclass
+class _Row:
+    """What the host knows of a row: its episode, tokens of its prompt, slot, tokens drawn."""
+
+    episode: int
+    prompt: int
+    slot: int = 0
+    step: int = 0
 
 
 def _generate_group(
@@ -244,7 +537,7 @@ def _generate_group(
         if t + 1 == sampling.max_new_tokens:
             break
         if (t + 1) % check_every == 0:
-            _check_drawn(draws.logprobs, rows, t + 1 - check_every, t + 1, first_episode)
+            _check_drawn(draws.logprobs, rows, first_episode)
             left = int((~done).sum())
             if left == 0:
                 break
@@ -258,16 +551,16 @@ def _generate_group(
             attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
         logits = forward(ids[:, None], next_positions)
         next_positions = next_positions + 1
-    _check_drawn(draws.logprobs, episodes, 0, sampling.max_new_tokens, first_episode)
+    _check_drawn(draws.logprobs, episodes, first_episode)
 
 
-def _check_drawn(logprobs: Tensor, rows: Tensor, begin: int, end: int, first_episode: int) -> None:
+def _check_drawn(logprobs: Tensor, rows: Tensor, first_episode: int) -> None:
     """Raise where `ops.sample` had no distribution to draw from and could not raise itself. Waits for the device."""
-    bad = logprobs[rows, begin:end].isnan().nonzero().tolist()
-    if bad:
-        row, position = bad[0]
+    bad = logprobs[rows].isnan()
+    if bad.any():
+        row, position = bad.nonzero().tolist()[0]
         raise ValueError(
-            f"sample: the logits of episode {first_episode + int(rows[row])} at response position {begin + position} "
+            f"sample: the logits of episode {first_episode + int(rows[row])} at response position {position} "
             "hold NaN or +inf, or are -inf everywhere"
         )
 

@@ -6,6 +6,7 @@ into a sum.
 """
 
 from .adamw import adamw_step_, join_master, split_master
+from .decode_attention import decode_attention
 from .distribution_kl import distribution_kl
 from .gae import RewardsAndAdvantages, gae, rewards_and_advantages, scale_to_unit_std, whiten
 from .kl import KL_ESTIMATORS, kl_penalty
@@ -21,6 +22,7 @@ __all__ = [
     "RewardsAndAdvantages",
     "Sample",
     "adamw_step_",
+    "decode_attention",
     "distribution_kl",
     "gae",
     "join_master",
