@@ -102,7 +102,7 @@ class SlotCache(Cache):
     layers: list[SlotLayer]  # type: ignore[assignment]
 
     def __init__(self, slots: int, capacity: int, windows: list[int | None]) -> None:
-        super().__init__(layers=[SlotLayer(slots, capacity, window) for window in windows])  # type: ignore[misc]
+        super().__init__(layers=[SlotLayer(slots, capacity, window) for window in windows])
         self.capacity = capacity
         self.slots: Tensor | None = None
         self.lengths: Tensor | None = None
@@ -240,7 +240,9 @@ def _what_a_trial_shows(policy: nn.Module) -> str | None:
     ) -> tuple[Tensor, Any]:
         window = trial.layers[module.layer_idx].window  # type: ignore[index]
         if kwargs.get("sliding_window") not in (None, window):
-            seen.append(f"layer {module.layer_idx} asks for a window of {kwargs['sliding_window']}, not {window}")
+            seen.append(
+                f"layer {module.layer_idx} asks for a window of {kwargs['sliding_window']}, not {window}"
+            )
         if key.shape != value.shape:
             seen.append(f"keys of shape {tuple(key.shape[1:])} and values of {tuple(value.shape[1:])} differ")
             return query.new_zeros(*query.shape[:1], 1, query.shape[1], value.shape[3]), None

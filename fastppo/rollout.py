@@ -12,6 +12,7 @@ cache; `cache.why_no_slots` names the reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from . import ops
 from .batch import Rollout, groups_by_length
 from .cache import SlotCache, cache_argument, decoding, why_no_slots, windows
 from .models import accepts, context_length, text_config
+from .prepack import prepacked
 
 # An episode's draws are numbered episode * 2^24 + position: longer responses than any context length.
 _DRAWS_PER_EPISODE = 1 << 24
@@ -38,7 +40,8 @@ _DRAWS_PER_EPISODE = 1 << 24
 _CHECK_EVERY = 16
 # Drop finished rows from a padded group once they are this share of it: dropping copies the cache.
 _DROP_SHARE = 0.25
-# Let prompts in once this share of the slots is free: a prefill stalls the rows that decode, and few prompts make a slow one.
+# Let prompts in once this share of the slots is free: a prefill stalls the rows that decode, and one of few prompts
+# takes as long as one of several.
 _ADMIT_SHARE = 0.25
 # Tokens per slot to begin with, beyond the prompt: enough for most responses, and more is made in steps.
 _FIRST_CAPACITY = 64
@@ -46,6 +49,8 @@ _FIRST_CAPACITY = 64
 _SHORTEST_PREFIX = 8
 # Prompts are prefilled together with ones at most this much longer, or a third longer.
 _SIMILAR = 16
+# Laying out weights anew takes as long as it saves in so many tokens.
+_PREPACK_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def rollout(
     max_rows: int = 64,
     tokenizer: PreTrainedTokenizerBase | None = None,
     logits_processor: Sequence[LogitsProcessor] = (),
+    prepack: bool | None = None,
 ) -> Rollout:
     """Sample `num_generations` responses to each prompt.
 
@@ -91,6 +97,9 @@ def rollout(
         tokenizer: needed for stop strings.
         logits_processor: further `transformers.LogitsProcessor`s, applied to the raw logits before temperature and
             truncation. Log-probs are those of the processed logits; PPO's own come from the training path.
+        prepack: on the CPU in bfloat16, decode on copies of the linear layers' weights in oneDNN's own layout, which
+            are freed at the end. None: of weights that are trained, whose gradients take as much memory during the
+            update, for responses of 16 tokens and more; True: of all; False: none.
 
     Returns:
         Rollout of len(prompts) * num_generations episodes.
@@ -117,39 +126,43 @@ def rollout(
     stopped = torch.zeros(episodes, dtype=torch.bool, device=device)
 
     out = (response_ids, draws, lengths, stopped)
-    if why_no_slots(policy) is None:
-        _Slots(
-            policy,
-            prompts,
-            sampling,
-            num_generations=num_generations,
-            seed=seed,
-            first_episode=first_episode,
-            max_rows=max_rows,
-            pad_token_id=pad_token_id,
-            stop_strings=stop_strings,
-            logits_processor=logits_processor,
-            out=out,
-        ).run()
-    else:
-        for group in groups_by_length(
-            [len(p) for p in prompts], max_rows=max(1, max_rows // num_generations)
-        ):
-            _generate_group(
+    wanted = sampling.max_new_tokens >= _PREPACK_FROM if prepack is None else prepack
+    rows = min(max_rows, episodes)
+    with prepacked(policy, rows, frozen=prepack is True) if wanted else nullcontext():
+        if why_no_slots(policy) is None:
+            _Slots(
                 policy,
-                [prompts[i] for i in group],
-                torch.tensor(
-                    [i * num_generations + g for i in group for g in range(num_generations)], device=device
-                ),
+                prompts,
                 sampling,
                 num_generations=num_generations,
                 seed=seed,
                 first_episode=first_episode,
+                max_rows=max_rows,
                 pad_token_id=pad_token_id,
                 stop_strings=stop_strings,
                 logits_processor=logits_processor,
                 out=out,
-            )
+            ).run()
+        else:
+            for group in groups_by_length(
+                [len(p) for p in prompts], max_rows=max(1, max_rows // num_generations)
+            ):
+                _generate_group(
+                    policy,
+                    [prompts[i] for i in group],
+                    torch.tensor(
+                        [i * num_generations + g for i in group for g in range(num_generations)],
+                        device=device,
+                    ),
+                    sampling,
+                    num_generations=num_generations,
+                    seed=seed,
+                    first_episode=first_episode,
+                    pad_token_id=pad_token_id,
+                    stop_strings=stop_strings,
+                    logits_processor=logits_processor,
+                    out=out,
+                )
 
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]
@@ -249,13 +262,12 @@ class _Slots:
 
     def _prefill_prefix(self) -> tuple[int, DynamicCache | None]:
         """Length and cache of what all prompts begin with, last tokens aside; (0, None) where that is too little."""
-        shortest, longest = min(self.prompts), max(self.prompts)  # by token ids, not by length
-        shared = 0
-        while (
-            shared < min(len(shortest), len(longest)) - 1 and shortest[shared] == longest[shared]
-        ):
-            shared += 1
-        shared = min(shared, min(len(p) for p in self.prompts) - 1)
+        first, last = (
+            min(map(list, self.prompts)),
+            max(map(list, self.prompts)),
+        )  # by token ids: all lie between
+        most = min(len(p) for p in self.prompts) - 1
+        shared = next((i for i in range(most) if first[i] != last[i]), most)
         if len(self.prompts) == 1 or shared < _SHORTEST_PREFIX:
             return 0, None
         cache = DynamicCache()
@@ -281,9 +293,7 @@ class _Slots:
         admitted, self.waiting = self.waiting[:count], self.waiting[count:]
         while admitted:
             longest = len(self.prompts[admitted[0]])
-            similar = [
-                i for i in admitted if longest - len(self.prompts[i]) <= max(_SIMILAR, longest // 4)
-            ]
+            similar = [i for i in admitted if longest - len(self.prompts[i]) <= max(_SIMILAR, longest // 4)]
             self._admit_similar(similar)
             admitted = admitted[len(similar) :]  # sorted by length
 
@@ -300,11 +310,9 @@ class _Slots:
         if shared or len(bodies[0]) > 0:
             cache = DynamicCache()
             if prefix is not None:
-                for layer, states in enumerate(prefix.layers):
-                    cache.update(
-                        *(x.expand(len(bodies), -1, -1, -1) for x in (states.keys, states.values)),  # type: ignore[union-attr]
-                        layer,
-                    )
+                for number, (keys, values, _) in enumerate(prefix):
+                    keys, values = (x.expand(len(bodies), -1, -1, -1) for x in (keys, values))
+                    cache.update(keys, values, number)
             if len(bodies[0]) > 0:
                 self._prefill(bodies, cache)
             rows = torch.arange(len(numbers), device=self.device).repeat_interleave(self.generations)
@@ -371,7 +379,7 @@ class _Slots:
         if self.keeps_tokens:
             self.tokens[self.slots, self.lengths] = self.ids
         if self.stop_strings is not None:
-            hits = self.stop_strings(self._history(), None)  # type: ignore[arg-type]
+            hits = self.stop_strings(self._history(), None)
             stops |= hits & (self.steps >= sampling.min_new_tokens)
         stops &= ~self.done
         self.response_lengths[rows] = torch.where(stops, self.steps, self.response_lengths[rows])
@@ -381,7 +389,7 @@ class _Slots:
     def _processed(self, logits: Tensor) -> Tensor:
         if self.penalty is not None:
             # It counts what a row holds; its own first token stands in for the padding.
-            logits = self.penalty(self._history(first_token=True), logits)  # type: ignore[arg-type]
+            logits = self.penalty(self._history(first_token=True), logits)
         if self.processors:
             logits = self.processors(self._history(), logits)  # type: ignore[arg-type]
         least = self.sampling.min_new_tokens
@@ -411,9 +419,7 @@ class _Slots:
             return
         _check_drawn(self.draws.logprobs, self.episodes, self.first_episode)
         stopped = self.done.tolist()
-        kept = [
-            i for i, row in enumerate(self.host) if not stopped[i] and row.step < limit
-        ]
+        kept = [i for i, row in enumerate(self.host) if not stopped[i] and row.step < limit]
         if len(kept) == len(self.host):
             return
         self.free += [row.slot for i, row in enumerate(self.host) if stopped[i] or row.step == limit]
@@ -476,14 +482,15 @@ def _generate_group(
     )
 
     cache = DynamicCache(config=text_config(policy))
-    use_positions = accepts(policy, "position_ids")
+    argument, use_positions = cache_argument(policy), accepts(policy, "position_ids")
 
     def forward(ids: Tensor, position_ids: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"attention_mask": attention.long()} if padded else {}
         if use_positions:
             inputs["position_ids"] = position_ids
         # Every policy of this function keeps a cache and takes logits_to_keep; both are checked by the trainer.
-        output = policy(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
+        inputs[argument] = cache
+        output = policy(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs)
         return output.logits[:, -1]
 
     logits = forward(input_ids, positions)

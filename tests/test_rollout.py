@@ -11,6 +11,7 @@ import tiny
 import torch
 from transformers import LogitsProcessor
 
+from fastppo import cache, prepack
 from fastppo.batch import micro_batches
 from fastppo.models import token_logprobs
 from fastppo.rollout import Sampling, rollout
@@ -57,6 +58,174 @@ def test_draws_do_not_depend_on_grouping_order_or_neighbours() -> None:
     alone = generate(policy, sampling, PROMPTS[2:3], first_episode=2)
     assert together.completions()[2] == alone.completions()[0]
     assert generate(policy, sampling, seed=4).completions() != together.completions()
+
+
+# Beginnings shared by all and by some, a prompt that is the beginning of others, one token alone.
+SHARED = [30, 31, 32, 33, 34, 35, 36, 37, 38, 39]
+WITH_A_PREFIX = [[*SHARED, *rest] for rest in ([5], [6, 7, 8, 9, 10, 11, 12], [5, 6], [13] * 9, [5])]
+
+
+def in_padded_groups(monkeypatch: pytest.MonkeyPatch, policy: Any, *args: Any, **settings: Any) -> Any:
+    """What a policy gives that cannot decode in slots."""
+    with monkeypatch.context() as patch:
+        patch.setitem(cache._reasons, policy, "a test asks for it")
+        return generate(policy, *args, **settings)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, WITH_A_PREFIX, [[3]] * 4], ids=["mixed", "prefix", "alike"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_slots_and_padded_groups_give_the_same_responses(
+    architecture: str, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny.policy(architecture)
+    sampling = Sampling(
+        max_new_tokens=20, temperature=1.3, top_p=0.9, min_new_tokens=2, stop_token_ids=tuple(range(40))
+    )
+    expected = in_padded_groups(monkeypatch, policy, sampling, prompts, num_generations=2)
+    lengths = {len(c) for c in expected.completions()}
+    assert len(lengths) > 2, "rows must leave at different times"
+    for max_rows in (1, 2, 6, 64):
+        got = generate(policy, sampling, prompts, num_generations=2, max_rows=max_rows)
+        assert got.completions() == expected.completions()
+        assert torch.equal(got.truncated, expected.truncated)
+        torch.testing.assert_close(got.logprobs, expected.logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(got.sampling_logprobs, expected.sampling_logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(got.entropy, expected.entropy, atol=2e-5, rtol=0)
+
+
+def test_slots_and_padded_groups_agree_under_every_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, tokenizer = tiny.policy(), tiny.tokenizer()
+
+    class Odd(LogitsProcessor):
+        """Forbids ids by what a row holds, padding included as generate pads."""
+
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            return scores.scatter(1, input_ids[:, -1:], -torch.inf)  # type: ignore[return-value]
+
+    sampling = Sampling(
+        max_new_tokens=20,
+        temperature=1.5,
+        repetition_penalty=1.4,
+        min_new_tokens=3,
+        stop_token_ids=(1, 40, 41),
+        stop_strings=("e", "th"),
+    )
+    settings: Any = {"logits_processor": [Odd()], "tokenizer": tokenizer, "pad_token_id": 7}
+    expected = in_padded_groups(monkeypatch, policy, sampling, **settings)
+    for max_rows in (1, 3, 64):
+        got = generate(policy, sampling, max_rows=max_rows, **settings)
+        assert got.completions() == expected.completions()
+        assert torch.equal(got.truncated, expected.truncated)
+
+
+def test_a_lora_policy_decodes_in_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    policy = peft.get_peft_model(
+        tiny.policy(), peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    assert cache.why_no_slots(policy) is None
+    sampling = Sampling(max_new_tokens=12)
+    expected = in_padded_groups(monkeypatch, policy, sampling)
+    assert generate(policy, sampling, max_rows=2).completions() == expected.completions()
+
+
+def test_a_slot_grows_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny.policy()
+    sampling = Sampling(max_new_tokens=40)
+    expected = in_padded_groups(monkeypatch, policy, sampling)
+    monkeypatch.setattr("fastppo.rollout._FIRST_CAPACITY", 2)
+    assert generate(policy, sampling, max_rows=2).completions() == expected.completions()
+
+
+def test_the_policy_has_its_own_attention_back_after_an_error() -> None:
+    policy = tiny.policy()
+    own = policy.config._attn_implementation
+
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            assert policy.config._attn_implementation != own
+            raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        generate(policy, GREEDY, logits_processor=[Broken()])
+    assert policy.config._attn_implementation == own
+    assert not cache._active
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_every_architecture_of_the_tests_decodes_in_slots(architecture: str) -> None:
+    assert cache.why_no_slots(tiny.policy(architecture)) is None
+
+
+def other_models() -> dict[str, Any]:
+    """Models that keep something a slot does not hold, and the reason each is given."""
+    sizes = {**tiny._SIZES, "vocab_size": 50}
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GptOssConfig,
+        GptOssForCausalLM,
+        MambaConfig,
+        MambaForCausalLM,
+    )
+
+    return {
+        "Gemma2ForCausalLM caps its attention scores": lambda: Gemma2ForCausalLM(
+            Gemma2Config(**sizes, head_dim=8)
+        ),
+        "GptOssForCausalLM has attention sinks": lambda: GptOssForCausalLM(
+            GptOssConfig(**sizes, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+        ),
+        "BloomForCausalLM does not let its attention be chosen": lambda: BloomForCausalLM(
+            BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)
+        ),
+        "MambaForCausalLM does not let its attention be chosen": lambda: MambaForCausalLM(
+            MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)
+        ),
+    }
+
+
+@pytest.mark.parametrize("reason", other_models())
+def test_models_that_cannot_decode_in_slots_are_named(reason: str) -> None:
+    assert (cache.why_no_slots(other_models()[reason]().eval()) or "").startswith(reason)
+
+
+def test_what_only_a_trial_shows() -> None:
+    policy = tiny.policy()
+    policy.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    assert cache.why_no_slots(policy) == "LlamaForCausalLM caches 1 layers, its configuration says 2"
+    policy = tiny.policy("gpt2")
+    policy.transformer.h[1].attn.scaling *= 40
+    assert cache.why_no_slots(policy) is None  # asked for through the interface, so heeded
+
+
+def test_prepacked_layers_compute_the_same_and_are_themselves_again() -> None:
+    policy = tiny.policy().bfloat16()
+    x = torch.randn(3, 1, 32).bfloat16()
+    layer = policy.model.layers[0].mlp.up_proj
+    expected = layer(x)
+    with pytest.raises(KeyError), torch.no_grad(), prepack.prepacked(policy, 3):
+        assert "forward" in vars(layer) or not prepack._AVAILABLE
+        torch.testing.assert_close(layer(x), expected, atol=0, rtol=2e-2)
+        raise KeyError
+    assert not any("forward" in vars(module) for module in policy.modules())
+    policy.requires_grad_(False)
+    with prepack.prepacked(policy, 3):
+        assert not any("forward" in vars(module) for module in policy.modules())
+    with prepack.prepacked(policy, 3, frozen=True):
+        assert ("forward" in vars(layer)) is prepack._AVAILABLE
+
+
+def test_a_bfloat16_rollout_on_prepacked_weights_is_that_of_the_plain_ones() -> None:
+    policy = tiny.policy().bfloat16()
+    sampling = Sampling(max_new_tokens=20, temperature=1.2)
+    plain, packed = (generate(policy, sampling, prepack=p) for p in (False, True))
+    # A product in another order may round another way, and a draw at a border go the other way: few do.
+    same = [a == b for a, b in zip(plain.completions(), packed.completions(), strict=True)]
+    assert sum(same) >= 3
 
 
 def test_rows_that_stop_leave_and_lengths_say_where() -> None:

@@ -58,6 +58,14 @@ def adamw_step_(count):
     return state
 
 
+def decode_attention(dtype):
+    generator, (slots, heads, capacity, width) = seeded(4), (3, 2, 300, 20)
+    q, k, v = (torch.randn(2, h, width, generator=generator).to(dtype) for h in (10, heads, heads))
+    caches = [torch.randn(slots, heads, capacity, width, generator=generator).to(dtype) for _ in range(2)]
+    out = ops.decode_attention(q, k, v, *caches, torch.tensor([2, 0]), torch.tensor([290, 3]), scale=0.2)
+    return out, *caches
+
+
 def of_logits(op, *shape, dtype=torch.float32):
     """Run an op of logits and ids, or of two tensors of logits, forward and backward."""
     generator = seeded(1)
@@ -107,6 +115,8 @@ CALLS = {
     "linear_logprobs, several tiles": lambda: of_head(3, 8, 20001),
     "linear_logprobs, several blocks of rows": lambda: of_head(8200, 4, 30, torch.bfloat16),
     "linear_logprobs_backward": lambda: of_head(5, 8, 301),
+    "decode_attention": lambda: decode_attention(torch.float32),
+    "decode_attention, bfloat16": lambda: decode_attention(torch.bfloat16),
     "kl_penalty": lambda: ops.kl_penalty(LARGE[1], LARGE[2], estimator="k3"),
     "kl_penalty_backward": lambda: torch.ops.fastppo.kl_penalty_backward(*LARGE[1:4], "k2"),
 }
@@ -191,6 +201,7 @@ def test_every_emulated_op_is_in_the_list_above():
             "linear_logprobs_backward",
             1 + 1 + 3,
         ),  # fold; active rows; gradient of the tile, of hidden, of bias
+        ("decode_attention", 1),
         ("kl_penalty", 1),
         ("kl_penalty_backward", 1),
         ("sample", 1),
