@@ -51,7 +51,7 @@ export REQUIREMENTS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-sets sanitize bench bench-scaling bench-iteration gpu gpu-here format lint clean
+.PHONY: help setup build demo test test-sets sanitize bench bench-scaling bench-iteration bench-rollout gpu gpu-here format lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ bench-scaling: $(BUILD_STAMP)  ## time of each op against tokens, vocabulary and
 
 bench-iteration: $(BUILD_STAMP)  ## a whole PPO iteration against TRL 1.12: time by room, peak memory
 	@$(BIN)/python -m bench.iteration $(ARGS)
+
+bench-rollout: $(BUILD_STAMP)  ## our rollout against Hugging Face generate, and vLLM where FASTPPO_VLLM_PYTHON has it
+	@$(BIN)/python -m bench.rollout $(ARGS)
 
 # Asked before anything is installed: without a GPU this is one message and nothing else.
 gpu:  ## on a machine with a GPU: build for CUDA, op tests, compute-sanitizer, benchmarks, one table in docs
