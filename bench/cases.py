@@ -285,6 +285,34 @@ def adamw(function: Function) -> Function:
     return run
 
 
+# Of a model with grouped queries: 32 query heads on 8 key heads of 128.
+HEADS, KEY_HEADS, WIDTH = 32, 8, 128
+
+
+def decode_inputs(source: Source, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    rows, tokens = shape
+    query = source.normal(rows, HEADS, WIDTH, dtype=dtype)
+    key, value = (source.normal(rows, KEY_HEADS, WIDTH, dtype=dtype) for _ in range(2))
+    caches = (source.normal(rows, KEY_HEADS, tokens, WIDTH, dtype=dtype) for _ in range(2))
+    slots = torch.arange(rows, device=source.device)
+    return query, key, value, *caches, slots, torch.full_like(slots, tokens - 1)
+
+
+def decode_attention(function: Function) -> Function:
+    return lambda *tensors: function(*tensors, scale=WIDTH**-0.5)
+
+
+def eager_decode_attention(*tensors: Tensor) -> Tensor:
+    """Rows of one length, as `scaled_dot_product_attention` takes them."""
+    query, key, value, key_cache, value_cache, slots, lengths = tensors
+    key_cache[slots, :, lengths] = key
+    value_cache[slots, :, lengths] = value
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, None], key_cache, value_cache, enable_gqa=True
+    )
+    return out[:, :, 0]
+
+
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 V = 151936  # Qwen
@@ -464,6 +492,19 @@ def cases() -> list[Case]:
                 times(33),
             ),
         ]
+    found.append(
+        Case(
+            "decode_attention",
+            ("decode_attention",),
+            (64, 4096),
+            (3, 40),
+            BF16,
+            decode_inputs,
+            decode_attention(ops.decode_attention),
+            eager_decode_attention,
+            lambda shape, size: shape[0] * shape[1] * 2 * KEY_HEADS * WIDTH * size,
+        )
+    )
     found.append(
         Case(
             "adamw_step_",

@@ -35,7 +35,9 @@ void check_rows(const int64_t* slots, const int64_t* lengths, int64_t rows, int6
     }
     taken[slots[b]] = true;
     if (lengths[b] < 0 || lengths[b] >= capacity) {
-      fail(op, "lengths must be in [0, ", capacity, "), to leave room for the new token, got ", lengths[b], " in row ", b);
+      fail(
+          op, "lengths must be in [0, ", capacity, "), to leave room for the new token, got ", lengths[b], " in row ",
+          b);
     }
   }
 }
@@ -64,7 +66,8 @@ Tensor decode_attention_cpu(
     char* data;
     int64_t slot, head, place;
     char* at(int64_t s, int64_t h, int64_t size) const { return data + (s * slot + h * head) * size; }
-  } keys{static_cast<char*>(key_cache.mutable_data_ptr()), key_cache.stride(0), key_cache.stride(1), key_cache.stride(2)},
+  } keys{
+      static_cast<char*>(key_cache.mutable_data_ptr()), key_cache.stride(0), key_cache.stride(1), key_cache.stride(2)},
       values{
           static_cast<char*>(value_cache.mutable_data_ptr()), value_cache.stride(0), value_cache.stride(1),
           value_cache.stride(2)};

@@ -67,7 +67,7 @@ __device__ __forceinline__ Span<const T> decode_token(
 template <class T>
 __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(const DecodeAttentionArgs<T> args) {
   FASTPPO_DYNAMIC_SHARED(float, shared);
-  FASTPPO_SHARED(float, weights, kDecodeHeads * kDecodeThreads);
+  FASTPPO_SHARED(float, weights, kDecodeHeads* kDecodeThreads);
   FASTPPO_SHARED(float, factors, kDecodeHeads);
   FASTPPO_SHARED(float, sums, kDecodeHeads);
   const int thread = static_cast<int>(threadIdx.x);
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
     const int64_t h = i / width, d = i % width;
     float total = 0;
     for (int64_t g = 0; g < groups; ++g) {
-      const float part = shared
-          [parts + ((g * vectors + d / kDecodeColumns) * kDecodeHeads + h) * kDecodeColumns + d % kDecodeColumns];
+      const float part =
+          shared[parts + ((g * vectors + d / kDecodeColumns) * kDecodeHeads + h) * kDecodeColumns + d % kDecodeColumns];
       total += part;
     }
     const float by = sums[h];

@@ -14,6 +14,7 @@ numbers are right is for tests/ops to say; here they only have to be the same tw
 #include <vector>
 
 #include "cuda/adamw.cuh"
+#include "cuda/decode_attention.cuh"
 #include "cuda/distribution_kl.cuh"
 #include "cuda/gae.cuh"
 #include "cuda/kl.cuh"
@@ -132,6 +133,38 @@ Results adamw() {
   const Span<float> master = out.add();
   for (int64_t i = 0; i < n; ++i) {
     master.data[i] = join_master(param[i], residual[i]);
+  }
+  return out.held;
+}
+
+// Two rows in three slots, five query heads on one key head: two blocks a row; one token, and more than a tile.
+Results decode_attention() {
+  constexpr int64_t kRows = 2, kGroup = 5, kWidth = 11, kSlots = 3, kCapacity = 140;
+  Inputs in(kRows, kGroup * kWidth), cached(2 * kSlots, kCapacity * kWidth);
+  Outputs out(kRows * kGroup * kWidth);
+  const int64_t slots[] = {2, 0}, lengths[] = {kCapacity - 1, 0};
+  constexpr int64_t kCached = kSlots * kCapacity * kWidth;
+  for (const int64_t window : {0, 3}) {
+    const DecodeAttentionArgs<float> args{
+        {in.x.data(), kRows * kGroup * kWidth},
+        {in.x.data(), kRows * kWidth},
+        {in.x.data() + kRows * kWidth, kRows * kWidth},
+        {{cached.x.data(), kCached}, kCapacity * kWidth, kCapacity * kWidth, kWidth},
+        {{cached.x.data() + kCached, kCached}, kCapacity * kWidth, kCapacity * kWidth, kWidth},
+        {slots, kRows},
+        {lengths, kRows},
+        out.add(),
+        kRows,
+        1,
+        kGroup,
+        kWidth,
+        kSlots,
+        kCapacity,
+        window,
+        0.3f};
+    FASTPPO_LAUNCH(
+        (decode_attention_kernel<float>), static_cast<unsigned>(kRows * args.chunks()), kDecodeThreads,
+        decode_attention_shared(args) * sizeof(float), nullptr, args);
   }
   return out.held;
 }
@@ -424,6 +457,7 @@ Results sample() {
 // The suite asks for each of these; a concept with kernels that is not here is an error (test_sanitize.py).
 const std::map<std::string, std::function<Results()>> concepts = {
     {"adamw", adamw},
+    {"decode_attention", decode_attention},
     {"distribution_kl", distribution_kl},
     {"gae", gae},
     {"kl", kl},

@@ -35,7 +35,8 @@ void softmax(float* scores, int64_t n) {
   for (int64_t j = 0; j < n; j += kLanes) {
     highest = at::vec::maximum(highest, Vec::loadu(scores + j));
   }
-  const Vec max(at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, highest));
+  const Vec max(
+      at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, highest));
   Vec sums(0.0f);
   for (int64_t j = 0; j < n; j += kLanes) {
     const Vec weights = vexp(Vec::loadu(scores + j) - max);

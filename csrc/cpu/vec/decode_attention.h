@@ -8,8 +8,8 @@ namespace fastppo {
 
 // One row and one key head, with the query heads that share it.
 struct DecodeAttentionArgs {
-  Rows query;         // group rows of width elements
-  Rows keys, values;  // places [first, last) of the cache, the new token's among them
+  Rows query;        // group rows of width elements
+  Rows keys, values; // places [first, last) of the cache, the new token's among them
   int64_t group, width, first, last;
   float scale;
   void* out; // group rows of width elements, contiguous, dtype of query
