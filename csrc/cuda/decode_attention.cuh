@@ -64,14 +64,18 @@ __device__ __forceinline__ Span<const T> decode_token(
   return {cache.data.part(offset + place * cache.place, width).data, width};
 }
 
+// 3 blocks a multiprocessor at least: with the 128 registers that 4 leave, sm_100 and sm_120 spill.
 template <class T>
-__global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(const DecodeAttentionArgs<T> args) {
+__global__ void __launch_bounds__(kDecodeThreads, 3) decode_attention_kernel(const DecodeAttentionArgs<T> args) {
   FASTPPO_DYNAMIC_SHARED(float, shared);
   FASTPPO_SHARED(float, weights, kDecodeHeads* kDecodeThreads);
   FASTPPO_SHARED(float, factors, kDecodeHeads);
   FASTPPO_SHARED(float, sums, kDecodeHeads);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t chunks = args.chunks(), width = args.width, padded = args.padded(), vectors = args.vectors();
+  // At most kDecodeWidth: 32 bits save registers.
+  const int width = static_cast<int>(args.width), vectors = static_cast<int>(args.vectors());
+  const int padded = vectors * kDecodeColumns;
+  const int64_t chunks = args.chunks();
   const int64_t chunk = blockIdx.x % chunks, head = blockIdx.x / chunks % args.heads;
   const int64_t row = blockIdx.x / chunks / args.heads;
   const int64_t first_head = chunk * kDecodeHeads;
@@ -80,7 +84,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
   const Span<T> out = args.out.part(query_row * width, heads * width);
   const int64_t slot = args.slots[row], last = args.lengths[row]; // last: the new token's place
   if (slot < 0 || slot >= args.slot_count || last < 0 || last >= args.capacity) {
-    for (int64_t i = thread; i < heads * width; i += kDecodeThreads) {
+#pragma unroll 1
+    for (int i = thread; i < heads * width; i += kDecodeThreads) {
       out[i] = from_float<T>(NAN);
     }
     return;
@@ -91,14 +96,16 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
   const int64_t keys_at = slot * args.keys.slot + head * args.keys.head;
   const int64_t values_at = slot * args.values.slot + head * args.values.head;
   if (chunk == 0) {
-    for (int64_t i = thread; i < width; i += kDecodeThreads) {
+#pragma unroll 1
+    for (int i = thread; i < width; i += kDecodeThreads) {
       const T k = key[i], v = value[i];
       args.keys.data[keys_at + last * args.keys.place + i] = k;
       args.values.data[values_at + last * args.values.place + i] = v;
     }
   }
-  for (int64_t i = thread; i < kDecodeHeads * padded; i += kDecodeThreads) {
-    const int64_t h = i / padded, column = i % padded;
+#pragma unroll 1
+  for (int i = thread; i < kDecodeHeads * padded; i += kDecodeThreads) {
+    const int h = i / padded, column = i % padded;
     float x = 0;
     if (h < heads && column < width) {
       const T q = args.query[(query_row + h) * width + column];
@@ -108,8 +115,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
   }
   __syncthreads();
 
-  const int64_t groups = kDecodeThreads / vectors, group = thread / vectors; // of tokens, in the pass over values
-  const int64_t column = thread % vectors * kDecodeColumns;
+  const int groups = kDecodeThreads / vectors, group = thread / vectors; // of tokens, in the pass over values
+  const int column = thread % vectors * kDecodeColumns;
   float acc[kDecodeHeads][kDecodeColumns] = {};
   float highest = -INFINITY, sum = 0; // of this warp's head, the same in all lanes
   const int64_t first = args.window > 0 && last + 1 > args.window ? last + 1 - args.window : 0;
@@ -119,7 +126,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
     float scores[kDecodeHeads] = {};
     if (thread < count) {
       const Span<const T> token = decode_token(args.keys, key, keys_at, tile + thread, last, width);
-      for (int64_t at = 0; at < width; at += kDecodeColumns) {
+      for (int at = 0; at < width; at += kDecodeColumns) {
         float x[kDecodeColumns];
         load_floats(token, at, x, 0.0f);
 #pragma unroll
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
           acc[h][i] *= by;
         }
       }
-      for (int64_t j = group; j < count; j += groups) {
+      for (int j = group; j < count; j += groups) {
         const Span<const T> token = decode_token(args.values, value, values_at, tile + j, last, width);
         float v[kDecodeColumns];
         load_floats(token, column, v, 0.0f);
@@ -188,7 +195,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
     __syncthreads(); // weights and factors are written again
   }
 
-  const int64_t parts = kDecodeHeads * padded;
+  const int parts = kDecodeHeads * padded;
 #pragma unroll
   for (int h = 0; h < kDecodeHeads; ++h) {
 #pragma unroll
@@ -200,10 +207,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_attention_kernel(con
     sums[warp_id()] = sum;
   }
   __syncthreads();
-  for (int64_t i = thread; i < heads * width; i += kDecodeThreads) {
-    const int64_t h = i / width, d = i % width;
+#pragma unroll 1
+  for (int i = thread; i < heads * width; i += kDecodeThreads) {
+    const int h = i / width, d = i % width;
     float total = 0;
-    for (int64_t g = 0; g < groups; ++g) {
+#pragma unroll 1
+    for (int g = 0; g < groups; ++g) {
       const float part =
           shared[parts + ((g * vectors + d / kDecodeColumns) * kDecodeHeads + h) * kDecodeColumns + d % kDecodeColumns];
       total += part;
