@@ -33,6 +33,7 @@ CONCEPTS = (
     "ppo_loss",
     "ppo_loss_from_logits",
     "adamw",
+    "decode_attention",
 )
 
 
