@@ -314,27 +314,6 @@ def test_two_runs_with_one_seed_are_one_run(tmp_path: Path) -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_no_tensor_of_tokens_times_vocabulary_exists_in_python(tmp_path: Path) -> None:
-    """Nothing that torch dispatches in an update has N·V elements; rollout's logits are [B, V], one token each."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.numel())
-            return out
-
-    run = trainer(tmp_path, total_episodes=16, per_device_train_batch_size=16, gradient_accumulation_steps=1)
-    with Watch():
-        run.train()
-    assert largest < 16 * 6 * tiny.VOCABULARY
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
