@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from .objective import AGGREGATIONS, Objective
 
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "full")
+OLD_LOGPROBS = ("recompute", "rollout")
 # In the loss only those whose gradient lowers the KL: k1's has mean 0, and that of abs is blind to how far it is.
 KL_LOSS_ESTIMATORS = ("k2", "k3")
 
@@ -181,6 +182,10 @@ class PPOConfig(TrainingArguments):
     sync_ref_model: bool = _setting(False, "Move the reference towards the policy now and then.")
     ref_model_mixup_alpha: float = _setting(0.6, "Share of the policy in the moved reference.")
     ref_model_sync_steps: int = _setting(512, "Updates from one move of the reference to the next.")
+    old_logprobs: str = _setting(
+        "recompute",
+        "The ratio's old log-probs: recompute on the path that training takes, or rollout, as they were sampled.",
+    )
     loss_aggregation: str = _setting(
         "token", "What the loss is a mean over: token, sequence (episodes), or constant (response_length)."
     )
@@ -283,6 +288,9 @@ class PPOConfig(TrainingArguments):
         require(
             self.loss_aggregation in AGGREGATIONS, "loss_aggregation", f"one of {', '.join(AGGREGATIONS)}"
         )
+        require(self.old_logprobs in OLD_LOGPROBS, "old_logprobs", f"one of {', '.join(OLD_LOGPROBS)}")
+        if self.old_logprobs == "rollout":
+            self._check_rollout_logprobs()
         highest_ratio = 1 + (self.cliprange if self.epsilon_high is None else self.epsilon_high)
         for name, least, why in (
             ("delta", highest_ratio, f"1 + the clip range ({highest_ratio})"),
@@ -345,6 +353,21 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 "PPOConfig: fp16 is not supported (float16 gradients overflow without loss scaling); "
                 "use bf16=True, or bf16=False for float32"
+            )
+
+    def _check_rollout_logprobs(self) -> None:
+        """The rollout's log-probs are of logits that went through logits processors, which training does not apply."""
+        for name, off in (("repetition_penalty", 1), ("min_new_tokens", 0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"PPOConfig: old_logprobs='rollout' needs {name}={off}, got {getattr(self, name)!r}: it changes "
+                    "the logits that are sampled from, and the ratio would compare two different distributions; "
+                    "use old_logprobs='recompute'"
+                )
+        if self.importance_sampling_correction:
+            raise ValueError(
+                "PPOConfig: importance_sampling_correction weighs recomputed log-probs against the rollout's; with "
+                "old_logprobs='rollout' none are recomputed, and the ratio holds that gap already"
             )
 
     def objective(self) -> Objective:

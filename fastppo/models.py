@@ -185,6 +185,11 @@ class ActorCritic(nn.Module):
         """What can be run and trained on its own: ("actor", "critic"), or ("both",) on a shared trunk."""
         return ("both",) if self.value_model is None else ("actor", "critic")
 
+    @property
+    def value_head_reads_policy(self) -> bool:
+        """Are the values read off the policy's own hidden states?"""
+        return self.value_head is not None
+
     def forward(self, batch: MicroBatch, temperature: float, network: str = "both") -> Evaluation:
         """Evaluate a micro-batch with "both" networks, the "actor", or the "critic" alone.
 

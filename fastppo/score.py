@@ -146,17 +146,23 @@ def score(
 
 
 def token_scores(
-    evaluate: Callable[[MicroBatch], Sequence[Tensor]], batches: Iterator[MicroBatch], rollout: Rollout
-) -> list[Tensor]:
-    """Spread what `evaluate` says of packed tokens over (B, T) float32 tensors, 0 where no token counts."""
-    spread: list[Tensor] = []
+    evaluate: Callable[[MicroBatch], Sequence[Tensor | None]],
+    batches: Iterator[MicroBatch],
+    rollout: Rollout,
+) -> list[Tensor | None]:
+    """Spread what `evaluate` says of packed tokens over (B, T) float32 tensors, 0 where no token counts. What it leaves
+    out (None) stays None.
+    """
+    spread: list[Tensor | None] = []
     for batch in batches:
         results = evaluate(batch)
         if not spread:
-            spread = [torch.zeros(rollout.response_ids.numel(), device=batch.tokens.device) for _ in results]
+            size, device = rollout.response_ids.numel(), batch.tokens.device
+            spread = [None if x is None else torch.zeros(size, device=device) for x in results]
         for whole, part in zip(spread, results, strict=True):
-            whole[batch.tokens] = part.detach().float()
-    return [whole.view_as(rollout.response_ids) for whole in spread]
+            if whole is not None and part is not None:
+                whole[batch.tokens] = part.detach().float()
+    return [None if x is None else x.view_as(rollout.response_ids) for x in spread]
 
 
 class ClassifierReward:

@@ -128,6 +128,11 @@ class PPOTrainer(Trainer):
             )
         if ptx_dataset is not None:
             check_texts(ptx_dataset, "ptx_dataset")
+        if logits_processor and args.old_logprobs == "rollout":
+            raise ValueError(
+                "old_logprobs='rollout' needs a rollout without logits_processor: it changes the logits that are "
+                "sampled from, and the ratio would compare two different distributions; use old_logprobs='recompute'"
+            )
         self.tokenizer = _tokenizer(processing_class)
         args.set_batch_sizes(len(train_dataset))
         self.rewards = make_rewards(
@@ -260,7 +265,7 @@ class PPOTrainer(Trainer):
             batch = next(prompts)
             episodes = self._rollout(batch)
             clock.lap("rollout")
-            tokens = self._evaluate_tokens(episodes)
+            tokens = self._evaluate_tokens(episodes, args.old_logprobs)
             scores, each = self._score(batch, episodes)
             clock.lap("score")
             result, weights = self._advantages(episodes, tokens, scores)
@@ -273,6 +278,7 @@ class PPOTrainer(Trainer):
             report = metrics.episode_metrics(
                 episodes, scores, each, tokens.logprobs, result, tokens.values, self.kl_coef.value, weights
             )
+            report |= metrics.sampling_gap(episodes, tokens.logprobs, args.old_logprobs, means)
             report |= metrics.update_metrics(means, self._objective())
             report |= {f"time/{room}": seconds for room, seconds in clock.laps.items()}
             counted = float(episodes.response_mask.sum())
@@ -317,27 +323,40 @@ class PPOTrainer(Trainer):
         return episodes.without_truncated() if args.mask_truncated_completions else episodes
 
     @torch.no_grad()
-    def _evaluate_tokens(self, episodes: Rollout) -> _TokenScores:
-        """What policy, critic and reference say of the sampled tokens, on the path that training takes."""
+    def _evaluate_tokens(self, episodes: Rollout, old_logprobs: str = "recompute") -> _TokenScores:
+        """What policy, critic and reference say of the sampled tokens, on the path that training takes.
+
+        With `old_logprobs="rollout"` the policy's log-probs are those that the rollout noted. Its own forward is left
+        out then, head or trunk, where nothing else needs it.
+        """
         temperature, full = self.args.temperature, self.args.kl_estimator == "full"
+        recompute, policy = old_logprobs == "recompute", self._policy()
+        needs_states = recompute or full or self.actor_critic.value_head_reads_policy
         self.actor_critic.eval()
 
-        def evaluate(batch: MicroBatch) -> tuple[Tensor, ...]:
-            policy = self._policy()
-            hidden = models.predicting_states(policy, batch)
-            head = models.lm_head(policy)
-            logprobs, _ = models.head_logprobs(policy, hidden, batch.target_ids, temperature)
+        def logprobs_of(model: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
+            return models.head_logprobs(model, hidden, batch.target_ids, temperature)[0]
+
+        def evaluate(batch: MicroBatch) -> tuple[Tensor | None, ...]:
+            logprobs = hidden = kl = None
+            if needs_states:
+                hidden = models.predicting_states(policy, batch)
+                head = models.lm_head(policy)
+                logprobs = logprobs_of(policy, hidden, batch) if recompute else None
             values = self.actor_critic.values(batch, hidden)
             with self.null_ref_context() as reference:
                 ref_hidden = models.predicting_states(reference, batch)
-                ref_logprobs, _ = models.head_logprobs(reference, ref_hidden, batch.target_ids, temperature)
-                if not full:
-                    return logprobs, values, ref_logprobs
-                ref_head = models.lm_head(reference)
-                kl = models.full_kl(head, hidden, ref_head, ref_hidden, temperature)
+                ref_logprobs = logprobs_of(reference, ref_hidden, batch)
+                if full:
+                    assert hidden is not None
+                    kl = models.full_kl(head, hidden, models.lm_head(reference), ref_hidden, temperature)
             return logprobs, values, ref_logprobs, kl
 
-        return _TokenScores(*token_scores(evaluate, self._micro_batches(episodes), episodes))
+        logprobs, values, ref_logprobs, kl = token_scores(evaluate, self._micro_batches(episodes), episodes)
+        if logprobs is None:
+            logprobs = episodes.logprobs.masked_fill(~episodes.response_mask, 0.0)
+        assert values is not None and ref_logprobs is not None
+        return _TokenScores(logprobs, values, ref_logprobs, kl)
 
     def _micro_batches(self, episodes: Rollout) -> Iterator[MicroBatch]:
         return micro_batches(

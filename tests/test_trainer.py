@@ -51,6 +51,8 @@ def trainer(tmp_path: Path, **changes: Any) -> PPOTrainer:
         "reward_processing_classes",
         "optimizers",
         "ptx_dataset",
+        "logits_processor",
+        "value_peft_config",
     ]:
         if name in changes:
             parts[name] = changes.pop(name)
