@@ -70,6 +70,9 @@ class PPOTrainer(Trainer):
         logits_processor: further `transformers.LogitsProcessor`s of the rollout.
         ptx_dataset: supervised texts of `args.ptx_coef`: rows with `text`, `messages` (a chat), or `input_ids`. Every
             token but the first is learnt.
+        value_peft_config: trains this adapter of `value_model` instead of its weights; its `task_type` is "SEQ_CLS".
+            With `value_model=None`, a second adapter, "critic", on the base weights of a PEFT policy, and a value head:
+            one base in memory is policy, reference and critic, which share no trainable weight.
 
     Raises:
         ValueError, TypeError: something does not fit; the message names it, what was expected and what came.
@@ -107,6 +110,7 @@ class PPOTrainer(Trainer):
         reward_processing_classes: Any = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         ptx_dataset: Any = None,
+        value_peft_config: Any = None,
     ) -> None:
         if train_dataset is None:
             raise ValueError("train_dataset is required")
@@ -146,13 +150,18 @@ class PPOTrainer(Trainer):
         # --- models
         models.check_can_be_saved(model)
         for module in (model, value_model, ref_model):
+            if module is not None and args.bf16:
+                models.to_bfloat16(module)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config, "model", "peft_config")
+        self.is_peft_model = models.is_peft(model)
+        if self.is_peft_model and args.model_adapter_name is not None:
+            model.set_adapter(args.model_adapter_name)  # type: ignore[operator]
+        if value_peft_config is not None:
+            value_model = _critic_with_adapter(model, value_model, value_peft_config)
+        for module in (model, value_model, ref_model):  # adapters may have brought dropout of their own
             if module is not None:
                 models.disable_dropout(module)
-                if args.bf16:
-                    models.to_bfloat16(module)
-        if peft_config is not None:
-            model = _with_adapter(model, peft_config)
-        self.is_peft_model = models.is_peft(model)
         if ref_model is None and not self.is_peft_model:
             ref_model = models.frozen_copy(model)
         if args.sync_ref_model:
@@ -208,10 +217,14 @@ class PPOTrainer(Trainer):
             step=args.entropy_coef_delta,
         )
         self.score_scale = ScoreScale(scale=args.use_score_scaling, center=args.use_score_norm)
-        self.ema = WeightAverage(model, args.ema_decay) if args.ema_decay is not None else None
+        self.ema = (
+            WeightAverage(model, args.ema_decay, skip_adapter=models.CRITIC_ADAPTER)
+            if args.ema_decay is not None
+            else None
+        )
         self._create_optimizer_and_scheduler()
         # DDP must be told that a network trained on its own leaves the other without gradients.
-        apart = value_model is not None or args.critic_warmup_updates > 0
+        apart = len(actor_critic.networks) > 1 or args.critic_warmup_updates > 0
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
             find_unused_parameters=args.ddp_find_unused_parameters or apart
         )
@@ -681,8 +694,7 @@ class PPOTrainer(Trainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        args = self.args
-        with models.adapters_off(self._policy(), args.ref_adapter_name, args.model_adapter_name) as reference:
+        with models.adapters_off(self._policy(), self.args.ref_adapter_name) as reference:
             yield reference
 
     def _create_optimizer_and_scheduler(self) -> None:
@@ -759,7 +771,7 @@ class PPOTrainer(Trainer):
                     self._save(str(folder))
                 if self.ema is not None and not ema:
                     with self.ema_weights():
-                        self._policy().save_pretrained(folder / checkpoint.EMA)  # type: ignore[operator]
+                        checkpoint.save_policy(self._policy(), folder / checkpoint.EMA)
                     self.processing_class.save_pretrained(folder / checkpoint.EMA)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -887,17 +899,45 @@ def _stop_token_ids(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: 
     return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *named] if i is not None}))
 
 
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    try:
-        from peft import PeftConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("peft_config needs the peft library: pip install 'fastppo[peft]'") from error
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config must be a peft.PeftConfig (LoraConfig, ...), got {type(peft_config).__name__}"
-        )
+def _with_adapter(model: nn.Module, peft_config: Any, model_name: str, config_name: str) -> nn.Module:
+    _check_peft_config(peft_config, config_name)
     if models.is_peft(model):
         raise ValueError(
-            "model is a PEFT model already: merge its adapter first, or pass it without peft_config"
+            f"{model_name} is a PEFT model already: merge its adapter first, or pass it without {config_name}"
         )
+    from peft import get_peft_model
+
     return get_peft_model(model, peft_config)
+
+
+def _critic_with_adapter(
+    policy: nn.Module, value_model: nn.Module | None, peft_config: Any
+) -> nn.Module | None:
+    """The critic's adapter, on the critic, or (None is returned) on the policy's base weights."""
+    name = "value_peft_config"
+    if value_model is None:
+        _check_peft_config(peft_config, name)
+        if not models.is_peft(policy):
+            raise ValueError(
+                f"{name} needs a value_model, or a PEFT policy (peft_config) on whose base weights its adapter can be; "
+                "got neither"
+            )
+        models.add_critic_adapter(policy, peft_config)
+        return None
+    if getattr(peft_config, "task_type", "SEQ_CLS") != "SEQ_CLS":
+        raise ValueError(
+            f"{name} must have task_type='SEQ_CLS', or the layer that gives the values would be neither trained nor "
+            f"saved; got {peft_config.task_type!r}"
+        )
+    return _with_adapter(value_model, peft_config, "value_model", name)
+
+
+def _check_peft_config(peft_config: Any, name: str) -> None:
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ImportError(f"{name} needs the peft library: pip install 'fastppo[peft]'") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"{name} must be a peft.PeftConfig (LoraConfig, ...), got {type(peft_config).__name__}"
+        )

@@ -89,7 +89,8 @@ def update(
     old = {name: x.flatten() for name, x in old.items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Separate networks share no gradient: one after the other, the activations and gradients of one suffice.
-    networks = ("critic",) if critic_only else accelerator.unwrap_model(model).networks
+    actor_critic = accelerator.unwrap_model(model)
+    networks = ("critic",) if critic_only else actor_critic.networks
     cut: dict[str, Any] = {
         "pad_token_id": pad_token_id,
         "max_rows": micro_batch_rows,
@@ -115,7 +116,8 @@ def update(
                 text_losses.append(_learn_texts(model, text_pieces, objective.ptx_coef, accelerator))
             stats = torch.zeros_like(step_stats)
             for i, piece in enumerate(pieces):
-                with nullcontext() if i + 1 == len(pieces) else accelerator.no_sync(model):
+                unsynced = nullcontext() if i + 1 == len(pieces) else accelerator.no_sync(model)
+                with unsynced, actor_critic.running(network):
                     new = model(piece, temperature, network)
                     loss, part = _loss(new, piece, old, objective, size)
                     # DDP averages over ranks what the normalizer has already divided by all ranks' tokens.
