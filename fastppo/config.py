@@ -131,6 +131,13 @@ class PPOConfig(TrainingArguments):
         "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes.",
     )
 
+    offload_ref_model: bool = _setting(
+        False, "Keep the reference in host memory; it visits the device for each scoring."
+    )
+    offload_reward_model: bool = _setting(
+        False, "Keep reward classifiers in host memory; each visits the device for its scores."
+    )
+
     # --- variants of the algorithm, each off by default: docs/algorithm-options.md says when to use which
     epsilon_high: float | None = _setting(
         None, "Clip range of the ratio above 1 (clip-higher). Default: cliprange."
@@ -277,6 +284,8 @@ class PPOConfig(TrainingArguments):
             "mask_truncated_completions",
             "importance_sampling_correction",
             "sync_ref_model",
+            "offload_ref_model",
+            "offload_reward_model",
         ):
             require(isinstance(getattr(self, name), bool), name, "True or False")
         require(self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"one of {', '.join(KL_ESTIMATORS)}")

@@ -197,7 +197,7 @@ class WeightAverage:
 def mix_into(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
     """Reference = alpha * policy + (1 - alpha) * reference (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
     for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        old.copy_(torch.lerp(old.float(), new.float(), alpha))
+        old.copy_(torch.lerp(old.float(), new.to(old.device).float(), alpha))
 
 
 def check_mixable(reference: nn.Module, policy: nn.Module) -> None:

@@ -310,6 +310,33 @@ def to_bfloat16(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+@contextmanager
+def visiting(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
+    """Within the block a frozen model that lies in host memory runs on `device`.
+
+    Its weights and buffers are copied there and the copies dropped at the end. Nothing is copied back: what the block
+    writes to them is lost. Where the model lies on `device` already, nothing happens.
+    """
+    at_home: list[tuple[dict[str, Any], str, Tensor]] = []
+    visitors: dict[Tensor, Tensor] = {}  # a tied weight travels once
+    for module in model.modules():
+        tables: tuple[Any, ...] = (module._parameters, module._buffers)
+        for tensors in tables:
+            at_home += [(tensors, name, x) for name, x in tensors.items() if x is not None]
+    try:
+        for tensors, name, x in at_home:
+            if x not in visitors:
+                with torch.no_grad():
+                    moved = x.to(device)
+                plain = moved is not x and type(x) is nn.Parameter
+                visitors[x] = nn.Parameter(moved, x.requires_grad) if plain else moved
+            tensors[name] = visitors[x]
+        yield model
+    finally:
+        for tensors, name, x in at_home:
+            tensors[name] = x
+
+
 def frozen_copy(policy: nn.Module) -> nn.Module:
     """A reference: the policy as it is now, without gradients."""
     reference = copy.deepcopy(policy)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .batch import MicroBatch, Rollout, groups_by_length
-from .models import classifier_trunk, score_layer, unwrap_peft
+from .models import classifier_trunk, score_layer, unwrap_peft, visiting
 
 RewardFunction = Callable[..., Any]
 
@@ -176,6 +176,7 @@ class ClassifierReward:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_rows = max_rows
+        self.device: torch.device | None = None
         self.is_decoder = hasattr(unwrap_peft(model), "score")
         if self.is_decoder:
             score_layer(model)
@@ -185,6 +186,11 @@ class ClassifierReward:
                 raise ValueError(
                     f"reward_model: {type(model).__name__} must give 1 number per text (num_labels=1), got {labels}"
                 )
+
+    def place(self, device: torch.device, *, offload: bool) -> None:
+        """Put the classifier on `device`, or into host memory, from where it visits `device` for each call."""
+        self.device = device
+        self.model.to("cpu" if offload else device)
 
     def token_ids(self, episodes: Episodes) -> list[list[int]]:
         """What the classifier reads: the policy's ids, or the texts in its own tokenizer's."""
@@ -203,8 +209,11 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, episodes: Episodes) -> list[float]:
-        sequences = self.token_ids(episodes)
-        device = next(self.model.parameters()).device
+        device = self.device or next(self.model.parameters()).device
+        with visiting(self.model, device):
+            return self._scores(self.token_ids(episodes), device)
+
+    def _scores(self, sequences: list[list[int]], device: torch.device) -> list[float]:
         scores = [0.0] * len(sequences)
         for group in groups_by_length([len(s) for s in sequences], max_rows=self.max_rows):
             longest = len(sequences[group[0]])

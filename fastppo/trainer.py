@@ -168,6 +168,10 @@ class PPOTrainer(Trainer):
             if ref_model is None:
                 raise ValueError("sync_ref_model needs a ref_model: a PEFT policy is its own reference")
             check_mixable(ref_model, model)
+        if args.offload_ref_model and ref_model is None:
+            raise ValueError(
+                "offload_ref_model needs a ref_model: a PEFT policy is its own reference and cannot leave the device"
+            )
         use_cache = getattr(models.text_config(model), "use_cache", True)
         models.check_head(model.eval())
         actor_critic = models.ActorCritic(model, value_model)
@@ -192,12 +196,12 @@ class PPOTrainer(Trainer):
             raise NotImplementedError(
                 f"PPOTrainer runs on one process or under DDP, got {self.accelerator.distributed_type}"
             )
-        self.ref_model = (
-            ref_model.to(args.device).eval().requires_grad_(False) if ref_model is not None else None
-        )
+        if ref_model is not None:
+            ref_model.to("cpu" if args.offload_ref_model else args.device).eval().requires_grad_(False)
+        self.ref_model = ref_model
         for reward in self.rewards:
             if isinstance(reward.function, ClassifierReward):
-                reward.function.model.to(args.device)
+                reward.function.place(args.device, offload=args.offload_reward_model)
         if args.gradient_checkpointing:
             for module in (model, value_model):
                 if module is not None:
@@ -365,7 +369,14 @@ class PPOTrainer(Trainer):
                     kl = models.full_kl(head, hidden, models.lm_head(reference), ref_hidden, temperature)
             return logprobs, values, ref_logprobs, kl
 
-        logprobs, values, ref_logprobs, kl = token_scores(evaluate, self._micro_batches(episodes), episodes)
+        reference_at_hand = (
+            models.visiting(self._reference(), self.args.device)
+            if self.args.offload_ref_model
+            else nullcontext()
+        )
+        with reference_at_hand:
+            found = token_scores(evaluate, self._micro_batches(episodes), episodes)
+        logprobs, values, ref_logprobs, kl = found
         if logprobs is None:
             logprobs = episodes.logprobs.masked_fill(~episodes.response_mask, 0.0)
         assert values is not None and ref_logprobs is not None

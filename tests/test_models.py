@@ -158,6 +158,29 @@ def test_to_bfloat16_keeps_rotary_frequencies_and_value_heads() -> None:
     assert critic.model.rotary_emb.inv_freq.dtype is torch.float32
 
 
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])  # gpt2's weights are tied as well
+def test_a_visiting_model_comes_back_untouched(architecture: str) -> None:
+    # The device is "meta", the only other one that every machine has: it shows what lies where, but computes nothing.
+    model = models.frozen_copy(tiny.policy(architecture))
+
+    def tensors() -> list[torch.Tensor]:
+        return [*model.parameters(), *model.buffers()]
+
+    before, count = tensors(), len(tensors())
+    with models.visiting(model, "meta") as visitor:
+        assert visitor is model and {x.device.type for x in tensors()} == {"meta"}
+        assert len(tensors()) == count  # what was tied is tied there: one copy
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert not any(p.requires_grad for p in model.parameters())
+        assert model(input_ids=torch.tensor([[1, 2]], device="meta")).logits.device.type == "meta"
+    assert all(x is y for x, y in zip(tensors(), before, strict=True))
+    with pytest.raises(RuntimeError, match="out of memory"), models.visiting(model, "meta"):
+        raise RuntimeError("out of memory")
+    assert all(x is y for x, y in zip(tensors(), before, strict=True))
+    with models.visiting(model, "cpu"):  # at home already: nothing is copied
+        assert [x.data_ptr() for x in tensors()] == [x.data_ptr() for x in before]
+
+
 def test_lora_reference_is_the_policy_without_its_adapter() -> None:
     import peft
 

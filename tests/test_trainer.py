@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, DataCollatorWithPadding, TrainerCallback
 
-from fastppo import PPOConfig, PPOTrainer
+from fastppo import PPOConfig, PPOTrainer, models, score
 from fastppo.checkpoint import load_actor_critic
 
 WORDS = tiny.TEXT.split()
@@ -125,6 +127,42 @@ def test_separate_models_as_a_trl_script_passes_them(tmp_path: Path) -> None:
     again = load_actor_critic(tmp_path / "saved")
     assert again.value_model is not None
     for a, b in zip(again.parameters(), run.actor_critic.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_offloaded_models_visit_for_scoring_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    def start(**changes: Any) -> PPOTrainer:
+        run = trainer(
+            tmp_path, ref_model=tiny.policy(seed=5), reward_model=[tiny.classifier(2), vowels], total_episodes=32,
+            sync_ref_model=True, ref_model_sync_steps=1, **changes,
+        )  # fmt: skip
+        run.train()
+        return run
+
+    expected = start()
+    assert events == []
+    plain = models.visiting
+
+    @contextmanager
+    def visiting(model: Any, device: Any) -> Iterator[Any]:
+        name = type(model).__name__.removeprefix("LlamaFor")
+        events.append(f"{name} comes")
+        with plain(model, device):
+            yield model
+        events.append(f"{name} goes")
+
+    for module in (models, score):
+        monkeypatch.setattr(module, "visiting", visiting)
+    update = PPOTrainer._update
+    monkeypatch.setattr(PPOTrainer, "_update", lambda *args: events.append("update") or update(*args))
+    run = start(offload_ref_model=True, offload_reward_model=True)
+    one_update = [
+        "CausalLM comes", "CausalLM goes", "SequenceClassification comes", "SequenceClassification goes", "update",
+    ]  # fmt: skip
+    assert events == 2 * one_update
+    for a, b in zip(expected.actor_critic.parameters(), run.actor_critic.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -333,11 +371,20 @@ def test_two_runs_with_one_seed_are_one_run(tmp_path: Path) -> None:
         ({"num_mini_batches": 3}, ValueError, "must be a multiple of num_mini_batches"),
         ({"peft_config": {"r": 4}}, TypeError, "peft_config must be a peft.PeftConfig"),
         ({"eval_strategy": "steps"}, ValueError, "eval_dataset"),
+        (
+            {"offload_ref_model": True, "peft_config": "lora"},
+            ValueError,
+            "offload_ref_model needs a ref_model",
+        ),
     ],
 )
 def test_bad_parts_are_named(tmp_path: Path, changes: dict[str, Any], error: Any, message: str) -> None:
     if changes.get("value_model") == "policy":
         changes = {"value_model": tiny.policy()}
+    if changes.get("peft_config") == "lora":
+        import peft
+
+        changes = changes | {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", r=4)}
     with pytest.raises(error, match=message):
         trainer(tmp_path, **changes)
 
