@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers import ProgressCallback as TransformersProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 from . import checkpoint, metrics, models
 from .advantages import importance_weights, rewards_and_advantages
@@ -33,7 +34,7 @@ from .config import PPOConfig
 from .controllers import EntropyCoefficient, KLCoefficient, ScoreScale, WeightAverage, check_mixable, mix_into
 from .objective import Objective
 from .ops import RewardsAndAdvantages
-from .optimizer import AdamW
+from .optimizer import WITH_MASTER, AdamW, check_optim
 from .prompts import PromptOrder, Prompts, check_dataset, check_texts, is_chat, read_prompts, read_texts
 from .rollout import Sampling, rollout
 from .score import ClassifierReward, Episodes, make_rewards, score, token_scores
@@ -41,7 +42,6 @@ from .update import update
 
 _EVAL_SEED = 1_000_003  # evaluation draws from a stream of its own, the same at every evaluation
 _PTX_SEED = 2_000_003  # and so does the order of the supervised texts
-_OPTIMIZERS_WITH_MASTER = ("adamw_torch", "adamw_torch_fused")
 
 
 class PPOTrainer(Trainer):
@@ -303,7 +303,7 @@ class PPOTrainer(Trainer):
             report["tokens_per_second"] *= args.world_size
             done = self.state.global_step - first_step
             report["eps"] = done * args.batch_size / (time.perf_counter() - started)
-            report["lr"] = self.lr_scheduler.get_last_lr()[0]
+            report["lr"] = float(self.lr_scheduler.get_last_lr()[0])  # torchao keeps it as a tensor
             report["episode"] = self.state.episode
             if args.use_score_scaling:
                 report |= {
@@ -711,18 +711,21 @@ class PPOTrainer(Trainer):
     def _create_optimizer_and_scheduler(self) -> None:
         args = self.args
         half = any(p.requires_grad and p.dtype is torch.bfloat16 for p in self.actor_critic.parameters())
-        if half and self.optimizer is None and args.optim in _OPTIMIZERS_WITH_MASTER:
-            betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer_cls_and_kwargs = (
-                AdamW,
-                {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon},
-            )
-        elif half:
-            warnings.warn(
-                "the optimizer updates bfloat16 weights without a float32 master, which loses small updates; leave "
-                "optim at adamw_torch, or set bf16=False",
-                stacklevel=3,
-            )
+        if self.optimizer is not None:
+            if half and not isinstance(self.optimizer, AdamW):
+                warnings.warn(
+                    "the trained weights are bfloat16: unless this optimizer keeps a float32 master of them, as "
+                    "fastppo.optimizer.AdamW does, it loses small updates",
+                    stacklevel=3,
+                )
+        else:
+            check_optim(OptimizerNames(args.optim).value, args.optim_args, bfloat16=half)
+            if half and args.optim in WITH_MASTER:
+                betas = (args.adam_beta1, args.adam_beta2)
+                self.optimizer_cls_and_kwargs = (
+                    AdamW,
+                    {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon},
+                )
         self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
 
     # --- beginning, end and disk -------------------------------------------------------------------------------------
