@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from .models import CRITIC_ADAPTER, ActorCritic, is_peft
 CRITIC = CRITIC_ADAPTER  # PEFT writes an adapter into a folder of its name
 VALUE_HEAD = "value_head.safetensors"
 CONTROLLERS = "controllers.json"
+RANDOM_STATE = "random_state.safetensors"
 EMA = "ema"
 REFERENCE = "reference"
 
@@ -89,6 +91,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path.parent} holds no {path.name}")
     return load_file(path)
+
+
+def save_random_state(path: Path) -> None:
+    """The random state of torch itself. The trainer draws nothing from it, but optimizers that round by chance do."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.accelerator.is_available():
+        states["device"] = torch.get_device_module().get_rng_state()
+    save_tensors(states, path)
+
+
+def load_random_state(path: Path) -> None:
+    """Go on from what `save_random_state` wrote, on every rank: all have to round alike.
+
+    Raises:
+        FileNotFoundError: it did not.
+    """
+    states = load_tensors(path)
+    torch.set_rng_state(states["cpu"])
+    if "device" in states and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(states["device"])
 
 
 def load_actor_critic(path: str | os.PathLike[str], **kwargs: Any) -> ActorCritic:

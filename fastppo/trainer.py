@@ -636,6 +636,8 @@ class PPOTrainer(Trainer):
             sampler=order,
             collate_fn=list,
             num_workers=args.dataloader_num_workers,
+            # Its own, or a resumed run would draw once more from torch's than the run itself.
+            generator=torch.Generator().manual_seed(args.seed),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -842,6 +844,7 @@ class PPOTrainer(Trainer):
     def _save_adapted(self, folder: Path) -> None:
         states = {name: x.state_dict() for name, x in self._adapted().items()}
         (folder / checkpoint.CONTROLLERS).write_text(json.dumps(states, indent=2) + "\n")
+        checkpoint.save_random_state(folder / checkpoint.RANDOM_STATE)
         if self.ema is not None:
             checkpoint.save_tensors(self.ema.state_dict(), folder / f"{checkpoint.EMA}.safetensors")
         if self.args.sync_ref_model:
@@ -855,6 +858,7 @@ class PPOTrainer(Trainer):
         states = json.loads((folder / checkpoint.CONTROLLERS).read_text())
         for name, x in self._adapted().items():
             x.load_state_dict(states[name])
+        checkpoint.load_random_state(folder / checkpoint.RANDOM_STATE)
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.load_tensors(folder / f"{checkpoint.EMA}.safetensors"))
         if self.args.sync_ref_model:
