@@ -6,6 +6,9 @@ micro-batches, masks, bookkeeping, metrics, the small ops of advantages and loss
 
     python -m bench.overhead
 
+On two cores of an AMD EPYC (Zen 4, AVX-512), torch 2.14.1: 0.24 of 40.5 s, 0.6 %; 1.8 % of the rollout, 0.2 % of the
+scoring, 0.5 % of the update. Clipping gradients, which is torch's, takes another 0.27 s.
+
 Time is that of the main thread's processor (`time.thread_time`): it runs the Python and its share of every op, and what
 else the machine does is not counted. Where it sleeps until other threads have done theirs, the work seems shorter and
 the rest larger than it is.
