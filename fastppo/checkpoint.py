@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .models import ActorCritic, is_peft
+from .models import CRITIC_ADAPTER, ActorCritic, is_peft
 
-CRITIC = "critic"
+CRITIC = CRITIC_ADAPTER  # PEFT writes an adapter into a folder of its name
 VALUE_HEAD = "value_head.safetensors"
 CONTROLLERS = "controllers.json"
+RANDOM_STATE = "random_state.safetensors"
 EMA = "ema"
 REFERENCE = "reference"
 
@@ -53,7 +55,9 @@ def written_then_renamed(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save_actor_critic(model: ActorCritic, folder: Path) -> None:
-    """Policy as `from_pretrained` reads it, and the critic in `critic/`: a sequence classifier, or the value head."""
+    """Policy as `from_pretrained` reads it, and the critic in `critic/`: a sequence classifier (or its adapter), or the
+    value head, beside its adapter if it has one.
+    """
     model.policy.save_pretrained(folder)  # type: ignore[operator]
     if model.value_model is not None:
         model.value_model.save_pretrained(folder / CRITIC)  # type: ignore[operator]
@@ -61,6 +65,16 @@ def save_actor_critic(model: ActorCritic, folder: Path) -> None:
         assert model.value_head is not None
         (folder / CRITIC).mkdir(exist_ok=True)
         save_tensors(model.value_head.state_dict(), folder / CRITIC / VALUE_HEAD)
+
+
+def save_policy(policy: Any, folder: Path) -> None:
+    """The policy alone, as `from_pretrained` reads it."""
+    if is_peft(policy):
+        policy.save_pretrained(
+            folder, selected_adapters=[n for n in policy.peft_config if n != CRITIC_ADAPTER]
+        )
+    else:
+        policy.save_pretrained(folder)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -77,6 +91,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path.parent} holds no {path.name}")
     return load_file(path)
+
+
+def save_random_state(path: Path) -> None:
+    """The random state of torch itself. The trainer draws nothing from it, but optimizers that round by chance do."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.accelerator.is_available():
+        states["device"] = torch.get_device_module().get_rng_state()
+    save_tensors(states, path)
+
+
+def load_random_state(path: Path) -> None:
+    """Go on from what `save_random_state` wrote, on every rank: all have to round alike.
+
+    Raises:
+        FileNotFoundError: it did not.
+    """
+    states = load_tensors(path)
+    torch.set_rng_state(states["cpu"])
+    if "device" in states and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(states["device"])
 
 
 def load_actor_critic(path: str | os.PathLike[str], **kwargs: Any) -> ActorCritic:
@@ -100,14 +134,22 @@ def load_actor_critic(path: str | os.PathLike[str], **kwargs: Any) -> ActorCriti
         policy: Any = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **kwargs)
     else:
         policy = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    adapted = (folder / CRITIC / "adapter_config.json").exists()
     if (folder / CRITIC / VALUE_HEAD).exists():
+        if adapted:
+            policy.load_adapter(folder / CRITIC, CRITIC_ADAPTER, is_trainable=True)
         model = ActorCritic(policy)
         assert model.value_head is not None
         model.value_head.load_state_dict(load_file(folder / CRITIC / VALUE_HEAD))
         return model
-    return ActorCritic(
-        policy, AutoModelForSequenceClassification.from_pretrained(folder / CRITIC, num_labels=1, **kwargs)
-    )
+    if adapted:
+        from peft import AutoPeftModelForSequenceClassification
+
+        kwargs = {**kwargs, "is_trainable": True}
+        critic: Any = AutoPeftModelForSequenceClassification
+    else:
+        critic = AutoModelForSequenceClassification
+    return ActorCritic(policy, critic.from_pretrained(folder / CRITIC, num_labels=1, **kwargs))
 
 
 def restore_actor_critic(model: ActorCritic, folder: Path) -> None:
@@ -133,7 +175,10 @@ def restore(model: nn.Module, folder: Path) -> None:
     if is_peft(model):
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        for name in model.peft_config:  # type: ignore[union-attr]
+            adapter = folder if name == "default" else folder / name
+            weights = load_file(adapter / "adapter_model.safetensors")
+            set_peft_model_state_dict(model, weights, adapter_name=name)
         return
     missing, unexpected = model.load_state_dict(_weights(folder), strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

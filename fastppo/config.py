@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from .objective import AGGREGATIONS, Objective
 
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "full")
+OLD_LOGPROBS = ("recompute", "rollout")
 # In the loss only those whose gradient lowers the KL: k1's has mean 0, and that of abs is blind to how far it is.
 KL_LOSS_ESTIMATORS = ("k2", "k3")
 
@@ -130,6 +131,13 @@ class PPOConfig(TrainingArguments):
         "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes.",
     )
 
+    offload_ref_model: bool = _setting(
+        False, "Keep the reference in host memory; it visits the device for each scoring."
+    )
+    offload_reward_model: bool = _setting(
+        False, "Keep reward classifiers in host memory; each visits the device for its scores."
+    )
+
     # --- variants of the algorithm, each off by default: docs/algorithm-options.md says when to use which
     epsilon_high: float | None = _setting(
         None, "Clip range of the ratio above 1 (clip-higher). Default: cliprange."
@@ -181,6 +189,10 @@ class PPOConfig(TrainingArguments):
     sync_ref_model: bool = _setting(False, "Move the reference towards the policy now and then.")
     ref_model_mixup_alpha: float = _setting(0.6, "Share of the policy in the moved reference.")
     ref_model_sync_steps: int = _setting(512, "Updates from one move of the reference to the next.")
+    old_logprobs: str = _setting(
+        "recompute",
+        "The ratio's old log-probs: recompute on the path that training takes, or rollout, as they were sampled.",
+    )
     loss_aggregation: str = _setting(
         "token", "What the loss is a mean over: token, sequence (episodes), or constant (response_length)."
     )
@@ -272,6 +284,8 @@ class PPOConfig(TrainingArguments):
             "mask_truncated_completions",
             "importance_sampling_correction",
             "sync_ref_model",
+            "offload_ref_model",
+            "offload_reward_model",
         ):
             require(isinstance(getattr(self, name), bool), name, "True or False")
         require(self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"one of {', '.join(KL_ESTIMATORS)}")
@@ -283,6 +297,9 @@ class PPOConfig(TrainingArguments):
         require(
             self.loss_aggregation in AGGREGATIONS, "loss_aggregation", f"one of {', '.join(AGGREGATIONS)}"
         )
+        require(self.old_logprobs in OLD_LOGPROBS, "old_logprobs", f"one of {', '.join(OLD_LOGPROBS)}")
+        if self.old_logprobs == "rollout":
+            self._check_rollout_logprobs()
         highest_ratio = 1 + (self.cliprange if self.epsilon_high is None else self.epsilon_high)
         for name, least, why in (
             ("delta", highest_ratio, f"1 + the clip range ({highest_ratio})"),
@@ -345,6 +362,21 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 "PPOConfig: fp16 is not supported (float16 gradients overflow without loss scaling); "
                 "use bf16=True, or bf16=False for float32"
+            )
+
+    def _check_rollout_logprobs(self) -> None:
+        """The rollout's log-probs are of logits that went through logits processors, which training does not apply."""
+        for name, off in (("repetition_penalty", 1), ("min_new_tokens", 0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"PPOConfig: old_logprobs='rollout' needs {name}={off}, got {getattr(self, name)!r}: it changes "
+                    "the logits that are sampled from, and the ratio would compare two different distributions; "
+                    "use old_logprobs='recompute'"
+                )
+        if self.importance_sampling_correction:
+            raise ValueError(
+                "PPOConfig: importance_sampling_correction weighs recomputed log-probs against the rollout's; with "
+                "old_logprobs='rollout' none are recomputed, and the ratio holds that gap already"
             )
 
     def objective(self) -> Objective:

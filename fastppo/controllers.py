@@ -149,27 +149,34 @@ class WeightAverage:
     Args:
         model: its weights are the average at first.
         decay: between 0 and 1.
+        skip_adapter: name of a PEFT adapter whose weights are not averaged.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.weights = {name: _float32_on_cpu(p) for name, p in _trainable(model)}
+    def __init__(self, model: nn.Module, decay: float, skip_adapter: str | None = None) -> None:
+        self.decay, self.skip_adapter = decay, skip_adapter
+        self.weights = {name: _float32_on_cpu(p) for name, p in self._averaged(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move towards the model's weights as they are now."""
-        for name, p in _trainable(model):
+        for name, p in self._averaged(model):
             self.weights[name].lerp_(_float32_on_cpu(p), 1 - self.decay)
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
         """Within the block the model's weights are the average, rounded to their dtype."""
-        own = {name: p.detach().clone() for name, p in _trainable(model)}
-        _fill(model, self.weights)
+        averaged = list(self._averaged(model))
+        own = {name: p.detach().clone() for name, p in averaged}
+        _fill(averaged, self.weights)
         try:
             yield
         finally:
-            _fill(model, own)
+            _fill(averaged, own)
+
+    def _averaged(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, p in model.named_parameters():
+            if p.requires_grad and self.skip_adapter not in name.split("."):
+                yield name, p
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
@@ -190,7 +197,7 @@ class WeightAverage:
 def mix_into(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
     """Reference = alpha * policy + (1 - alpha) * reference (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
     for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        old.copy_(torch.lerp(old.float(), new.float(), alpha))
+        old.copy_(torch.lerp(old.float(), new.to(old.device).float(), alpha))
 
 
 def check_mixable(reference: nn.Module, policy: nn.Module) -> None:
@@ -200,17 +207,13 @@ def check_mixable(reference: nn.Module, policy: nn.Module) -> None:
         raise ValueError("sync_ref_model: ref_model must have the weights of model, by name and shape")
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
 def _float32_on_cpu(p: Tensor) -> Tensor:
     return p.detach().to(device="cpu", dtype=torch.float32, copy=True)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, p in _trainable(model):
+def _fill(parameters: list[tuple[str, nn.Parameter]], weights: dict[str, Tensor]) -> None:
+    for name, p in parameters:
         p.copy_(weights[name])
 
 

@@ -40,7 +40,6 @@ def episode_metrics(
 
     kl = per_episode(result.kl)
     counted = mask.sum().clamp_min(1)
-    gap = (rollout.logprobs - logprobs).abs().masked_fill(~mask, 0.0)
     residual = (result.returns - values).masked_fill(~mask, 0.0)
     mean_return = result.returns.masked_fill(~mask, 0.0).sum() / counted
     spread = (result.returns - mean_return).masked_fill(~mask, 0.0).square().sum()
@@ -56,9 +55,6 @@ def episode_metrics(
         "val/explained_variance": (1 - residual.square().sum() / spread.clamp_min(1e-8)).item(),
         "completions/mean_length": rollout.response_lengths.float().mean().item(),
         "completions/clipped_ratio": rollout.truncated.float().mean().item(),
-        # The engine that samples against the one that trains: large gaps make the data off-policy.
-        "sampling/sampling_logp_difference/mean": (gap.sum() / counted).item(),
-        "sampling/sampling_logp_difference/max": gap.max().item() if gap.numel() else 0.0,
     }
     if importance_weights is not None:
         weights = importance_weights[mask] if mask.any() else torch.ones(1)
@@ -67,6 +63,27 @@ def episode_metrics(
     if len(each) > 1:
         metrics |= {f"rewards/{name}/mean": x.mean().item() for name, x in each.items()}
     return metrics
+
+
+def sampling_gap(
+    rollout: Rollout, logprobs: Tensor, old_logprobs: str, means: Mapping[str, float]
+) -> dict[str, float]:
+    """How far the path that samples is from the one that trains: large gaps make the data off-policy.
+
+    Where the log-probs were recomputed, the difference of the two. Else only the update knows: at its first optimizer
+    step both paths have the same weights, and the ratio would be 1 everywhere.
+    """
+    if old_logprobs == "rollout":
+        return {
+            f"sampling/first_step/{name}": means[f"first_{name}"]
+            for name in ("ratio", "ratio_max", "approx_kl")
+        }
+    mask = rollout.response_mask
+    gap = (rollout.logprobs - logprobs).abs().masked_fill(~mask, 0.0)
+    return {
+        "sampling/sampling_logp_difference/mean": (gap.sum() / mask.sum().clamp_min(1)).item(),
+        "sampling/sampling_logp_difference/max": gap.max().item() if gap.numel() else 0.0,
+    }
 
 
 def update_metrics(means: Mapping[str, float], objective: Objective) -> dict[str, float]:

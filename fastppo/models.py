@@ -144,6 +144,10 @@ def full_kl(
     return kl
 
 
+# The critic's adapter on the policy's base weights. PEFT saves it in a folder of its name, `checkpoint.CRITIC`.
+CRITIC_ADAPTER = "critic"
+
+
 class ActorCritic(nn.Module):
     """Policy and critic as one module, so that one wrapper (DDP, FSDP) and one optimizer serve both.
 
@@ -151,7 +155,8 @@ class ActorCritic(nn.Module):
         policy: causal language model, or a PEFT model around one.
         value_model: a sequence classifier with a one-number `score` layer (its trunk may differ from the policy's but
             must share the tokenizer). None puts a value head, a zero-initialised float32 linear layer, on the
-            policy's own trunk: half the memory and nearly half the time.
+            policy's own trunk: half the memory and nearly half the time. Where the policy has an adapter "critic",
+            that head is on the base weights with this adapter: one base, two networks that share no trainable weight.
 
     Raises:
         TypeError, ValueError: the models cannot be used so; the message says why.
@@ -163,6 +168,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
+        self.has_critic_adapter = value_model is None and CRITIC_ADAPTER in getattr(policy, "peft_config", {})
         self.config = unwrap_peft(policy).config
         if value_model is None:
             size = getattr(text_config(policy), "hidden_size", None)
@@ -183,7 +189,24 @@ class ActorCritic(nn.Module):
     @property
     def networks(self) -> tuple[str, ...]:
         """What can be run and trained on its own: ("actor", "critic"), or ("both",) on a shared trunk."""
-        return ("both",) if self.value_model is None else ("actor", "critic")
+        return ("both",) if self.value_head_reads_policy else ("actor", "critic")
+
+    @property
+    def value_head_reads_policy(self) -> bool:
+        """Are the values read off the policy's own hidden states?"""
+        return self.value_model is None and not self.has_critic_adapter
+
+    @contextmanager
+    def running(self, network: str) -> Iterator[None]:
+        """Within the block `network` ("actor", "critic", "both") is run forward and backward.
+
+        A critic that is an adapter must be the active one in the backward too, where activations are recomputed.
+        """
+        if network == "critic" and self.has_critic_adapter:
+            with adapter_in_use(self.policy, CRITIC_ADAPTER):
+                yield
+        else:
+            yield
 
     def forward(self, batch: MicroBatch, temperature: float, network: str = "both") -> Evaluation:
         """Evaluate a micro-batch with "both" networks, the "actor", or the "critic" alone.
@@ -207,7 +230,10 @@ class ActorCritic(nn.Module):
         else:
             assert self.value_head is not None
             head = self.value_head
-            if hidden is None:
+            if self.has_critic_adapter:
+                with self.running("critic"):
+                    hidden = predicting_states(self.policy, batch)
+            elif hidden is None:
                 with torch.no_grad():
                     hidden = predicting_states(self.policy, batch)
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
@@ -284,6 +310,33 @@ def to_bfloat16(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+@contextmanager
+def visiting(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
+    """Within the block a frozen model that lies in host memory runs on `device`.
+
+    Its weights and buffers are copied there and the copies dropped at the end. Nothing is copied back: what the block
+    writes to them is lost. Where the model lies on `device` already, nothing happens.
+    """
+    at_home: list[tuple[dict[str, Any], str, Tensor]] = []
+    visitors: dict[Tensor, Tensor] = {}  # a tied weight travels once
+    for module in model.modules():
+        tables: tuple[Any, ...] = (module._parameters, module._buffers)
+        for tensors in tables:
+            at_home += [(tensors, name, x) for name, x in tensors.items() if x is not None]
+    try:
+        for tensors, name, x in at_home:
+            if x not in visitors:
+                with torch.no_grad():
+                    moved = x.to(device)
+                plain = moved is not x and type(x) is nn.Parameter
+                visitors[x] = nn.Parameter(moved, x.requires_grad) if plain else moved
+            tensors[name] = visitors[x]
+        yield model
+    finally:
+        for tensors, name, x in at_home:
+            tensors[name] = x
+
+
 def frozen_copy(policy: nn.Module) -> nn.Module:
     """A reference: the policy as it is now, without gradients."""
     reference = copy.deepcopy(policy)
@@ -291,19 +344,53 @@ def frozen_copy(policy: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def adapters_off(
-    policy: nn.Module, ref_adapter_name: str | None, model_adapter_name: str | None
-) -> Iterator[nn.Module]:
+def adapters_off(policy: nn.Module, ref_adapter_name: str | None) -> Iterator[nn.Module]:
     """The PEFT policy as its own reference: adapters disabled, or the adapter `ref_adapter_name` in their place."""
     if ref_adapter_name is None:
-        with policy.disable_adapter():  # type: ignore[operator]
-            yield policy
+        trained = [(p, p.requires_grad) for p in policy.parameters()]
+        try:
+            with policy.disable_adapter():  # type: ignore[operator]
+                yield policy
+        finally:
+            for p, requires_grad in trained:
+                p.requires_grad_(requires_grad)
         return
-    policy.set_adapter(ref_adapter_name)  # type: ignore[operator]
-    try:
+    with adapter_in_use(policy, ref_adapter_name):
         yield policy
+
+
+@contextmanager
+def adapter_in_use(policy: Any, name: str) -> Iterator[None]:
+    """Within the block the PEFT policy runs with the adapter `name`. What is trained stays so: PEFT would freeze every
+    adapter but the active one, and the optimizer has several.
+    """
+    before = policy.active_adapter
+    _switch_adapter(policy, name)
+    try:
+        yield
     finally:
-        policy.set_adapter(model_adapter_name or "default")  # type: ignore[operator]
+        _switch_adapter(policy, before)
+
+
+def _switch_adapter(policy: Any, name: str) -> None:
+    if policy.active_adapter == name:
+        return
+    trained = [(p, p.requires_grad) for p in policy.parameters()]
+    policy.set_adapter(name)
+    for p, requires_grad in trained:
+        p.requires_grad_(requires_grad)
+
+
+def add_critic_adapter(policy: Any, peft_config: Any) -> None:
+    """Put an adapter for the critic on the base weights of a PEFT policy, whose own stays active. Both are trained."""
+    before = policy.active_adapter
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    policy.add_adapter(CRITIC_ADAPTER, peft_config)
+    policy.set_adapter(CRITIC_ADAPTER)
+    trained += [p for p in policy.parameters() if p.requires_grad]
+    policy.set_adapter(before)
+    for p in trained:
+        p.requires_grad_(True)
 
 
 @torch.no_grad()

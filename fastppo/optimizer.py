@@ -11,6 +11,43 @@ from torch.optim.adamw import adamw
 
 from . import ops
 
+WITH_MASTER = ("adamw_torch", "adamw_torch_fused")
+_STOCHASTIC_ROUNDING = ("adamw_torch_8bit", "adamw_torch_4bit")  # torchao's, if asked to
+
+
+def check_optim(optim: str, optim_args: str | None, *, bfloat16: bool) -> None:
+    """Refuse the optimizers that transformers knows by name and that would silently train wrongly here.
+
+    Args:
+        optim: `TrainingArguments.optim`.
+        optim_args: `TrainingArguments.optim_args`.
+        bfloat16: are there trainable bfloat16 weights?
+
+    Raises:
+        ValueError: it is one of them; the message says why, and what to do instead.
+    """
+    if optim.endswith("_layerwise") or optim in ("lomo", "adalomo"):
+        raise ValueError(
+            f"optim={optim!r} changes weights inside the backward pass, before the gradients of all micro-batches are "
+            "there and clipped, and before target_kl or ratio_threshold can refuse the step; use another optimizer"
+        )
+    if optim.startswith("schedule_free"):
+        raise ValueError(
+            f"optim={optim!r} trains at other weights than those it is evaluated with, so the policy that is updated "
+            "would not be the one that made the rollout; use another optimizer"
+        )
+    if not bfloat16 or optim in WITH_MASTER:
+        return
+    rounded_by_chance = "bf16_stochastic_round=true" in (optim_args or "").replace(" ", "").lower()
+    if optim in _STOCHASTIC_ROUNDING and rounded_by_chance:
+        return
+    raise ValueError(
+        f"optim={optim!r} updates bfloat16 weights without a float32 master, and at PPO's learning rates nearly every "
+        "step rounds to nothing. Leave optim at adamw_torch, which keeps one (10 bytes a weight with its gradient); "
+        "set bf16=False (an 8-bit optimizer on float32 weights takes 10 as well); train an adapter, whose weights are "
+        "float32; or use optim='adamw_torch_8bit' with optim_args='bf16_stochastic_round=True' (6 bytes)"
+    )
+
 
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, 2019) for float32 and bfloat16 parameters.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .batch import MicroBatch, Rollout, groups_by_length
-from .models import classifier_trunk, score_layer, unwrap_peft
+from .models import classifier_trunk, score_layer, unwrap_peft, visiting
 
 RewardFunction = Callable[..., Any]
 
@@ -146,17 +146,23 @@ def score(
 
 
 def token_scores(
-    evaluate: Callable[[MicroBatch], Sequence[Tensor]], batches: Iterator[MicroBatch], rollout: Rollout
-) -> list[Tensor]:
-    """Spread what `evaluate` says of packed tokens over (B, T) float32 tensors, 0 where no token counts."""
-    spread: list[Tensor] = []
+    evaluate: Callable[[MicroBatch], Sequence[Tensor | None]],
+    batches: Iterator[MicroBatch],
+    rollout: Rollout,
+) -> list[Tensor | None]:
+    """Spread what `evaluate` says of packed tokens over (B, T) float32 tensors, 0 where no token counts. What it leaves
+    out (None) stays None.
+    """
+    spread: list[Tensor | None] = []
     for batch in batches:
         results = evaluate(batch)
         if not spread:
-            spread = [torch.zeros(rollout.response_ids.numel(), device=batch.tokens.device) for _ in results]
+            size, device = rollout.response_ids.numel(), batch.tokens.device
+            spread = [None if x is None else torch.zeros(size, device=device) for x in results]
         for whole, part in zip(spread, results, strict=True):
-            whole[batch.tokens] = part.detach().float()
-    return [whole.view_as(rollout.response_ids) for whole in spread]
+            if whole is not None and part is not None:
+                whole[batch.tokens] = part.detach().float()
+    return [None if x is None else x.view_as(rollout.response_ids) for x in spread]
 
 
 class ClassifierReward:
@@ -170,6 +176,7 @@ class ClassifierReward:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_rows = max_rows
+        self.device: torch.device | None = None
         self.is_decoder = hasattr(unwrap_peft(model), "score")
         if self.is_decoder:
             score_layer(model)
@@ -179,6 +186,11 @@ class ClassifierReward:
                 raise ValueError(
                     f"reward_model: {type(model).__name__} must give 1 number per text (num_labels=1), got {labels}"
                 )
+
+    def place(self, device: torch.device, *, offload: bool) -> None:
+        """Put the classifier on `device`, or into host memory, from where it visits `device` for each call."""
+        self.device = device
+        self.model.to("cpu" if offload else device)
 
     def token_ids(self, episodes: Episodes) -> list[list[int]]:
         """What the classifier reads: the policy's ids, or the texts in its own tokenizer's."""
@@ -197,8 +209,11 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, episodes: Episodes) -> list[float]:
-        sequences = self.token_ids(episodes)
-        device = next(self.model.parameters()).device
+        device = self.device or next(self.model.parameters()).device
+        with visiting(self.model, device):
+            return self._scores(self.token_ids(episodes), device)
+
+    def _scores(self, sequences: list[list[int]], device: torch.device) -> list[float]:
         scores = [0.0] * len(sequences)
         for group in groups_by_length([len(s) for s in sequences], max_rows=self.max_rows):
             longest = len(sequences[group[0]])

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers import ProgressCallback as TransformersProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 from . import checkpoint, metrics, models
 from .advantages import importance_weights, rewards_and_advantages
@@ -33,7 +34,7 @@ from .config import PPOConfig
 from .controllers import EntropyCoefficient, KLCoefficient, ScoreScale, WeightAverage, check_mixable, mix_into
 from .objective import Objective
 from .ops import RewardsAndAdvantages
-from .optimizer import AdamW
+from .optimizer import WITH_MASTER, AdamW, check_optim
 from .prompts import PromptOrder, Prompts, check_dataset, check_texts, is_chat, read_prompts, read_texts
 from .rollout import Sampling, rollout
 from .score import ClassifierReward, Episodes, make_rewards, score, token_scores
@@ -41,7 +42,6 @@ from .update import update
 
 _EVAL_SEED = 1_000_003  # evaluation draws from a stream of its own, the same at every evaluation
 _PTX_SEED = 2_000_003  # and so does the order of the supervised texts
-_OPTIMIZERS_WITH_MASTER = ("adamw_torch", "adamw_torch_fused")
 
 
 class PPOTrainer(Trainer):
@@ -70,6 +70,9 @@ class PPOTrainer(Trainer):
         logits_processor: further `transformers.LogitsProcessor`s of the rollout.
         ptx_dataset: supervised texts of `args.ptx_coef`: rows with `text`, `messages` (a chat), or `input_ids`. Every
             token but the first is learnt.
+        value_peft_config: trains this adapter of `value_model` instead of its weights; its `task_type` is "SEQ_CLS".
+            With `value_model=None`, a second adapter, "critic", on the base weights of a PEFT policy, and a value head:
+            one base in memory is policy, reference and critic, which share no trainable weight.
 
     Raises:
         ValueError, TypeError: something does not fit; the message names it, what was expected and what came.
@@ -107,6 +110,7 @@ class PPOTrainer(Trainer):
         reward_processing_classes: Any = None,
         logits_processor: Sequence[LogitsProcessor] = (),
         ptx_dataset: Any = None,
+        value_peft_config: Any = None,
     ) -> None:
         if train_dataset is None:
             raise ValueError("train_dataset is required")
@@ -128,6 +132,11 @@ class PPOTrainer(Trainer):
             )
         if ptx_dataset is not None:
             check_texts(ptx_dataset, "ptx_dataset")
+        if logits_processor and args.old_logprobs == "rollout":
+            raise ValueError(
+                "old_logprobs='rollout' needs a rollout without logits_processor: it changes the logits that are "
+                "sampled from, and the ratio would compare two different distributions; use old_logprobs='recompute'"
+            )
         self.tokenizer = _tokenizer(processing_class)
         args.set_batch_sizes(len(train_dataset))
         self.rewards = make_rewards(
@@ -141,19 +150,28 @@ class PPOTrainer(Trainer):
         # --- models
         models.check_can_be_saved(model)
         for module in (model, value_model, ref_model):
+            if module is not None and args.bf16:
+                models.to_bfloat16(module)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config, "model", "peft_config")
+        self.is_peft_model = models.is_peft(model)
+        if self.is_peft_model and args.model_adapter_name is not None:
+            model.set_adapter(args.model_adapter_name)  # type: ignore[operator]
+        if value_peft_config is not None:
+            value_model = _critic_with_adapter(model, value_model, value_peft_config)
+        for module in (model, value_model, ref_model):  # adapters may have brought dropout of their own
             if module is not None:
                 models.disable_dropout(module)
-                if args.bf16:
-                    models.to_bfloat16(module)
-        if peft_config is not None:
-            model = _with_adapter(model, peft_config)
-        self.is_peft_model = models.is_peft(model)
         if ref_model is None and not self.is_peft_model:
             ref_model = models.frozen_copy(model)
         if args.sync_ref_model:
             if ref_model is None:
                 raise ValueError("sync_ref_model needs a ref_model: a PEFT policy is its own reference")
             check_mixable(ref_model, model)
+        if args.offload_ref_model and ref_model is None:
+            raise ValueError(
+                "offload_ref_model needs a ref_model: a PEFT policy is its own reference and cannot leave the device"
+            )
         use_cache = getattr(models.text_config(model), "use_cache", True)
         models.check_head(model.eval())
         actor_critic = models.ActorCritic(model, value_model)
@@ -178,12 +196,12 @@ class PPOTrainer(Trainer):
             raise NotImplementedError(
                 f"PPOTrainer runs on one process or under DDP, got {self.accelerator.distributed_type}"
             )
-        self.ref_model = (
-            ref_model.to(args.device).eval().requires_grad_(False) if ref_model is not None else None
-        )
+        if ref_model is not None:
+            ref_model.to("cpu" if args.offload_ref_model else args.device).eval().requires_grad_(False)
+        self.ref_model = ref_model
         for reward in self.rewards:
             if isinstance(reward.function, ClassifierReward):
-                reward.function.model.to(args.device)
+                reward.function.place(args.device, offload=args.offload_reward_model)
         if args.gradient_checkpointing:
             for module in (model, value_model):
                 if module is not None:
@@ -203,10 +221,14 @@ class PPOTrainer(Trainer):
             step=args.entropy_coef_delta,
         )
         self.score_scale = ScoreScale(scale=args.use_score_scaling, center=args.use_score_norm)
-        self.ema = WeightAverage(model, args.ema_decay) if args.ema_decay is not None else None
+        self.ema = (
+            WeightAverage(model, args.ema_decay, skip_adapter=models.CRITIC_ADAPTER)
+            if args.ema_decay is not None
+            else None
+        )
         self._create_optimizer_and_scheduler()
         # DDP must be told that a network trained on its own leaves the other without gradients.
-        apart = value_model is not None or args.critic_warmup_updates > 0
+        apart = len(actor_critic.networks) > 1 or args.critic_warmup_updates > 0
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
             find_unused_parameters=args.ddp_find_unused_parameters or apart
         )
@@ -260,7 +282,7 @@ class PPOTrainer(Trainer):
             batch = next(prompts)
             episodes = self._rollout(batch)
             clock.lap("rollout")
-            tokens = self._evaluate_tokens(episodes)
+            tokens = self._evaluate_tokens(episodes, args.old_logprobs)
             scores, each = self._score(batch, episodes)
             clock.lap("score")
             result, weights = self._advantages(episodes, tokens, scores)
@@ -273,6 +295,7 @@ class PPOTrainer(Trainer):
             report = metrics.episode_metrics(
                 episodes, scores, each, tokens.logprobs, result, tokens.values, self.kl_coef.value, weights
             )
+            report |= metrics.sampling_gap(episodes, tokens.logprobs, args.old_logprobs, means)
             report |= metrics.update_metrics(means, self._objective())
             report |= {f"time/{room}": seconds for room, seconds in clock.laps.items()}
             counted = float(episodes.response_mask.sum())
@@ -280,7 +303,7 @@ class PPOTrainer(Trainer):
             report["tokens_per_second"] *= args.world_size
             done = self.state.global_step - first_step
             report["eps"] = done * args.batch_size / (time.perf_counter() - started)
-            report["lr"] = self.lr_scheduler.get_last_lr()[0]
+            report["lr"] = float(self.lr_scheduler.get_last_lr()[0])  # torchao keeps it as a tensor
             report["episode"] = self.state.episode
             if args.use_score_scaling:
                 report |= {
@@ -317,27 +340,47 @@ class PPOTrainer(Trainer):
         return episodes.without_truncated() if args.mask_truncated_completions else episodes
 
     @torch.no_grad()
-    def _evaluate_tokens(self, episodes: Rollout) -> _TokenScores:
-        """What policy, critic and reference say of the sampled tokens, on the path that training takes."""
+    def _evaluate_tokens(self, episodes: Rollout, old_logprobs: str = "recompute") -> _TokenScores:
+        """What policy, critic and reference say of the sampled tokens, on the path that training takes.
+
+        With `old_logprobs="rollout"` the policy's log-probs are those that the rollout noted. Its own forward is left
+        out then, head or trunk, where nothing else needs it.
+        """
         temperature, full = self.args.temperature, self.args.kl_estimator == "full"
+        recompute, policy = old_logprobs == "recompute", self._policy()
+        needs_states = recompute or full or self.actor_critic.value_head_reads_policy
         self.actor_critic.eval()
 
-        def evaluate(batch: MicroBatch) -> tuple[Tensor, ...]:
-            policy = self._policy()
-            hidden = models.predicting_states(policy, batch)
-            head = models.lm_head(policy)
-            logprobs, _ = models.head_logprobs(policy, hidden, batch.target_ids, temperature)
+        def logprobs_of(model: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
+            return models.head_logprobs(model, hidden, batch.target_ids, temperature)[0]
+
+        def evaluate(batch: MicroBatch) -> tuple[Tensor | None, ...]:
+            logprobs = hidden = kl = None
+            if needs_states:
+                hidden = models.predicting_states(policy, batch)
+                head = models.lm_head(policy)
+                logprobs = logprobs_of(policy, hidden, batch) if recompute else None
             values = self.actor_critic.values(batch, hidden)
             with self.null_ref_context() as reference:
                 ref_hidden = models.predicting_states(reference, batch)
-                ref_logprobs, _ = models.head_logprobs(reference, ref_hidden, batch.target_ids, temperature)
-                if not full:
-                    return logprobs, values, ref_logprobs
-                ref_head = models.lm_head(reference)
-                kl = models.full_kl(head, hidden, ref_head, ref_hidden, temperature)
+                ref_logprobs = logprobs_of(reference, ref_hidden, batch)
+                if full:
+                    assert hidden is not None
+                    kl = models.full_kl(head, hidden, models.lm_head(reference), ref_hidden, temperature)
             return logprobs, values, ref_logprobs, kl
 
-        return _TokenScores(*token_scores(evaluate, self._micro_batches(episodes), episodes))
+        reference_at_hand = (
+            models.visiting(self._reference(), self.args.device)
+            if self.args.offload_ref_model
+            else nullcontext()
+        )
+        with reference_at_hand:
+            found = token_scores(evaluate, self._micro_batches(episodes), episodes)
+        logprobs, values, ref_logprobs, kl = found
+        if logprobs is None:
+            logprobs = episodes.logprobs.masked_fill(~episodes.response_mask, 0.0)
+        assert values is not None and ref_logprobs is not None
+        return _TokenScores(logprobs, values, ref_logprobs, kl)
 
     def _micro_batches(self, episodes: Rollout) -> Iterator[MicroBatch]:
         return micro_batches(
@@ -593,6 +636,8 @@ class PPOTrainer(Trainer):
             sampler=order,
             collate_fn=list,
             num_workers=args.dataloader_num_workers,
+            # Its own, or a resumed run would draw once more from torch's than the run itself.
+            generator=torch.Generator().manual_seed(args.seed),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -662,25 +707,27 @@ class PPOTrainer(Trainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        args = self.args
-        with models.adapters_off(self._policy(), args.ref_adapter_name, args.model_adapter_name) as reference:
+        with models.adapters_off(self._policy(), self.args.ref_adapter_name) as reference:
             yield reference
 
     def _create_optimizer_and_scheduler(self) -> None:
         args = self.args
         half = any(p.requires_grad and p.dtype is torch.bfloat16 for p in self.actor_critic.parameters())
-        if half and self.optimizer is None and args.optim in _OPTIMIZERS_WITH_MASTER:
-            betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer_cls_and_kwargs = (
-                AdamW,
-                {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon},
-            )
-        elif half:
-            warnings.warn(
-                "the optimizer updates bfloat16 weights without a float32 master, which loses small updates; leave "
-                "optim at adamw_torch, or set bf16=False",
-                stacklevel=3,
-            )
+        if self.optimizer is not None:
+            if half and not isinstance(self.optimizer, AdamW):
+                warnings.warn(
+                    "the trained weights are bfloat16: unless this optimizer keeps a float32 master of them, as "
+                    "fastppo.optimizer.AdamW does, it loses small updates",
+                    stacklevel=3,
+                )
+        else:
+            check_optim(OptimizerNames(args.optim).value, args.optim_args, bfloat16=half)
+            if half and args.optim in WITH_MASTER:
+                betas = (args.adam_beta1, args.adam_beta2)
+                self.optimizer_cls_and_kwargs = (
+                    AdamW,
+                    {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon},
+                )
         self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
 
     # --- beginning, end and disk -------------------------------------------------------------------------------------
@@ -740,7 +787,7 @@ class PPOTrainer(Trainer):
                     self._save(str(folder))
                 if self.ema is not None and not ema:
                     with self.ema_weights():
-                        self._policy().save_pretrained(folder / checkpoint.EMA)  # type: ignore[operator]
+                        checkpoint.save_policy(self._policy(), folder / checkpoint.EMA)
                     self.processing_class.save_pretrained(folder / checkpoint.EMA)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -797,6 +844,7 @@ class PPOTrainer(Trainer):
     def _save_adapted(self, folder: Path) -> None:
         states = {name: x.state_dict() for name, x in self._adapted().items()}
         (folder / checkpoint.CONTROLLERS).write_text(json.dumps(states, indent=2) + "\n")
+        checkpoint.save_random_state(folder / checkpoint.RANDOM_STATE)
         if self.ema is not None:
             checkpoint.save_tensors(self.ema.state_dict(), folder / f"{checkpoint.EMA}.safetensors")
         if self.args.sync_ref_model:
@@ -810,6 +858,7 @@ class PPOTrainer(Trainer):
         states = json.loads((folder / checkpoint.CONTROLLERS).read_text())
         for name, x in self._adapted().items():
             x.load_state_dict(states[name])
+        checkpoint.load_random_state(folder / checkpoint.RANDOM_STATE)
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.load_tensors(folder / f"{checkpoint.EMA}.safetensors"))
         if self.args.sync_ref_model:
@@ -868,17 +917,45 @@ def _stop_token_ids(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: 
     return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *named] if i is not None}))
 
 
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    try:
-        from peft import PeftConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("peft_config needs the peft library: pip install 'fastppo[peft]'") from error
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config must be a peft.PeftConfig (LoraConfig, ...), got {type(peft_config).__name__}"
-        )
+def _with_adapter(model: nn.Module, peft_config: Any, model_name: str, config_name: str) -> nn.Module:
+    _check_peft_config(peft_config, config_name)
     if models.is_peft(model):
         raise ValueError(
-            "model is a PEFT model already: merge its adapter first, or pass it without peft_config"
+            f"{model_name} is a PEFT model already: merge its adapter first, or pass it without {config_name}"
         )
+    from peft import get_peft_model
+
     return get_peft_model(model, peft_config)
+
+
+def _critic_with_adapter(
+    policy: nn.Module, value_model: nn.Module | None, peft_config: Any
+) -> nn.Module | None:
+    """The critic's adapter, on the critic, or (None is returned) on the policy's base weights."""
+    name = "value_peft_config"
+    if value_model is None:
+        _check_peft_config(peft_config, name)
+        if not models.is_peft(policy):
+            raise ValueError(
+                f"{name} needs a value_model, or a PEFT policy (peft_config) on whose base weights its adapter can be; "
+                "got neither"
+            )
+        models.add_critic_adapter(policy, peft_config)
+        return None
+    if getattr(peft_config, "task_type", "SEQ_CLS") != "SEQ_CLS":
+        raise ValueError(
+            f"{name} must have task_type='SEQ_CLS', or the layer that gives the values would be neither trained nor "
+            f"saved; got {peft_config.task_type!r}"
+        )
+    return _with_adapter(value_model, peft_config, "value_model", name)
+
+
+def _check_peft_config(peft_config: Any, name: str) -> None:
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ImportError(f"{name} needs the peft library: pip install 'fastppo[peft]'") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"{name} must be a peft.PeftConfig (LoraConfig, ...), got {type(peft_config).__name__}"
+        )

@@ -74,7 +74,8 @@ def update(
         texts: token ids of the supervised texts of each optimizer step; needed where `objective.ptx_coef` is not 0.
 
     Returns:
-        Means over the steps taken of `PPOStats`' fields, plus `ptx_loss`, `grad_norm`, `ratio_var` (of the steps' mean
+        Means over the steps taken of `PPOStats`' fields, `first_ratio`, `first_ratio_max` and `first_approx_kl` of the
+        first of them, plus `ptx_loss`, `grad_norm`, `ratio_var` (of the steps' mean
         ratios), `ratio_max` (over all), `steps`, `skipped_steps` and `stopped_early` (0 or 1).
 
     Raises:
@@ -88,7 +89,8 @@ def update(
     old = {name: x.flatten() for name, x in old.items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Separate networks share no gradient: one after the other, the activations and gradients of one suffice.
-    networks = ("critic",) if critic_only else accelerator.unwrap_model(model).networks
+    actor_critic = accelerator.unwrap_model(model)
+    networks = ("critic",) if critic_only else actor_critic.networks
     cut: dict[str, Any] = {
         "pad_token_id": pad_token_id,
         "max_rows": micro_batch_rows,
@@ -114,7 +116,8 @@ def update(
                 text_losses.append(_learn_texts(model, text_pieces, objective.ptx_coef, accelerator))
             stats = torch.zeros_like(step_stats)
             for i, piece in enumerate(pieces):
-                with nullcontext() if i + 1 == len(pieces) else accelerator.no_sync(model):
+                unsynced = nullcontext() if i + 1 == len(pieces) else accelerator.no_sync(model)
+                with unsynced, actor_critic.running(network):
                     new = model(piece, temperature, network)
                     loss, part = _loss(new, piece, old, objective, size)
                     # DDP averages over ranks what the normalizer has already divided by all ranks' tokens.
@@ -156,6 +159,9 @@ def update(
     taken = torch.stack(steps) if steps else torch.zeros(1, len(PPOStats._fields))
     means = dict(zip(PPOStats._fields, taken.mean(0).tolist(), strict=True))
     ratios = taken[:, PPOStats._fields.index("ratio")]
+    # Before the first step, policy and rollout have the same weights: what is not 1 there is between their two paths.
+    for name in ("ratio", "ratio_max", "approx_kl"):
+        means[f"first_{name}"] = taken[0, PPOStats._fields.index(name)].item()
     means["ratio_var"] = ratios.var().item() if len(ratios) > 1 else 0.0
     means["ratio_max"] = taken[:, PPOStats._fields.index("ratio_max")].max().item()
     means["ptx_loss"] = torch.stack(text_losses).mean().item() if text_losses else 0.0

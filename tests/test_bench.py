@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastppo.ops
-from bench import goals, machine, memory, peers, report, scaling, timing
+from bench import goals, machine, memory, overhead, peers, report, scaling, timing
 from bench.__main__ import CONCEPTS
 from bench.measure import prepare, with_backward
 from bench.report import Row
@@ -105,6 +105,29 @@ def test_compiled_variants_compile_what_is_inside_the_backward():
         modes=("default",),
     )
     assert [v.kind for v in case.variants] == ["ours", "compile"]
+
+
+# Overhead
+
+
+def test_the_overhead_is_what_no_timed_work_took():
+    now = 0.0
+
+    def takes(seconds):
+        nonlocal now
+        now += seconds
+
+    ledger = overhead.Ledger(clock=lambda: now)
+    inner = ledger.timed("sample", takes)
+    outer = ledger.timed("models", lambda: (takes(2), inner(3)))  # nested: the outermost is charged
+    rollout = ledger.in_room("rollout", lambda: (outer(), inner(1), takes(4)))
+    rollout()
+    ledger.reset()  # a warm-up
+    rollout(), takes(5)
+    ledger.enter("log")
+    assert dict(ledger.works["rollout"]) == {"models": 5, "sample": 1}
+    assert (ledger.totals["rollout"], ledger.rest("rollout"), ledger.rest("log")) == (10, 4, 5)
+    assert dict(ledger.calls) == {"models": 1, "sample": 1}
 
 
 # Timing

@@ -120,6 +120,19 @@ def test_parses_from_the_command_line() -> None:
             {"loss_aggregation": "grpo"},
             "loss_aggregation must be one of token, sequence, constant, got 'grpo'",
         ),
+        ({"old_logprobs": "sampled"}, "old_logprobs must be one of recompute, rollout, got 'sampled'"),
+        (
+            {"old_logprobs": "rollout", "repetition_penalty": 1.1},
+            "old_logprobs='rollout' needs repetition_penalty=1, got 1.1: it changes the logits that are sampled from",
+        ),
+        (
+            {"old_logprobs": "rollout", "min_new_tokens": 2},
+            "old_logprobs='rollout' needs min_new_tokens=0, got 2",
+        ),
+        (
+            {"old_logprobs": "rollout", "importance_sampling_correction": True},
+            "importance_sampling_correction weighs recomputed log-probs against the rollout's",
+        ),
         ({"sync_ref_model": "no"}, "sync_ref_model must be True or False, got 'no'"),
     ],
 )

@@ -158,6 +158,29 @@ def test_to_bfloat16_keeps_rotary_frequencies_and_value_heads() -> None:
     assert critic.model.rotary_emb.inv_freq.dtype is torch.float32
 
 
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])  # gpt2's weights are tied as well
+def test_a_visiting_model_comes_back_untouched(architecture: str) -> None:
+    # The device is "meta", the only other one that every machine has: it shows what lies where, but computes nothing.
+    model = models.frozen_copy(tiny.policy(architecture))
+
+    def tensors() -> list[torch.Tensor]:
+        return [*model.parameters(), *model.buffers()]
+
+    before, count = tensors(), len(tensors())
+    with models.visiting(model, "meta") as visitor:
+        assert visitor is model and {x.device.type for x in tensors()} == {"meta"}
+        assert len(tensors()) == count  # what was tied is tied there: one copy
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert not any(p.requires_grad for p in model.parameters())
+        assert model(input_ids=torch.tensor([[1, 2]], device="meta")).logits.device.type == "meta"
+    assert all(x is y for x, y in zip(tensors(), before, strict=True))
+    with pytest.raises(RuntimeError, match="out of memory"), models.visiting(model, "meta"):
+        raise RuntimeError("out of memory")
+    assert all(x is y for x, y in zip(tensors(), before, strict=True))
+    with models.visiting(model, "cpu"):  # at home already: nothing is copied
+        assert [x.data_ptr() for x in tensors()] == [x.data_ptr() for x in before]
+
+
 def test_lora_reference_is_the_policy_without_its_adapter() -> None:
     import peft
 
@@ -166,12 +189,65 @@ def test_lora_reference_is_the_policy_without_its_adapter() -> None:
     expected = models.token_logprobs(base, batch, 1.0)[0].detach()
     policy = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     assert not torch.allclose(models.token_logprobs(policy, batch, 1.0)[0], expected, atol=1e-3)
-    with models.adapters_off(policy, None, None) as reference:
+    with models.adapters_off(policy, None) as reference:
         torch.testing.assert_close(models.token_logprobs(reference, batch, 1.0)[0], expected)
     policy.add_adapter("second", peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=True))
-    with models.adapters_off(policy, "second", "default") as reference:
+    with models.adapters_off(policy, "second") as reference:
         torch.testing.assert_close(models.token_logprobs(reference, batch, 1.0)[0], expected)
     assert policy.active_adapter == "default"
+
+
+def actor_critic(kind: str) -> models.ActorCritic:
+    import peft
+
+    config = {"r": 4, "init_lora_weights": False}
+    policy, value_model = tiny.policy(), None
+    if kind in ("shared trunk, LoRA", "critic's adapter"):
+        policy = peft.get_peft_model(policy, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    if kind == "critic's adapter":
+        models.add_critic_adapter(policy, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    if kind in ("separate critic", "separate critic, LoRA"):
+        value_model = tiny.classifier()
+    if kind == "separate critic, LoRA":
+        value_model = peft.get_peft_model(value_model, peft.LoraConfig(task_type="SEQ_CLS", **config))
+    model = models.ActorCritic(policy, value_model)
+    if model.value_head is not None:  # at 0 it would hide a gradient
+        torch.nn.init.normal_(model.value_head.weight, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["shared trunk", "shared trunk, LoRA", "critic's adapter", "separate critic", "separate critic, LoRA"],
+)
+def test_recomputed_activations_give_the_same_gradients(kind: str) -> None:
+    gradients, saved = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = actor_critic(kind).train()
+        if recompute:
+            for module in (model.policy, model.value_model):
+                if module is not None:
+                    models.recompute_activations(module)
+        elements = 0
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            nonlocal elements
+            elements += x.numel() if x.grad_fn is not None else 0
+            return x
+
+        for network in model.networks:
+            for batch in micro_batches(episodes(), range(len(LENGTHS)), pad_token_id=0, max_rows=2):
+                with model.running(network):
+                    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                        out = model(batch, 0.7, network)
+                    sum(x.square().sum() for x in out if x is not None).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        saved.append(elements)
+    assert saved[1] < saved[0] / 3  # it does recompute
+    for name, expected in gradients[0].items():
+        assert expected is not None and expected.any(), name
+        assert torch.equal(gradients[1][name], expected), name
 
 
 def test_micro_batch_is_right_padded() -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import Any
 
-from fastppo.optimizer import AdamW
+import pytest
+import tiny
+import torch
+from test_trainer import trainer
+from transformers.training_args import OptimizerNames
+
+from fastppo import PPOTrainer
+from fastppo.optimizer import AdamW, check_optim
 from fastppo.reference.adamw import join_master
 
 
@@ -61,3 +69,92 @@ def test_state_dict_brings_back_every_bit() -> None:
     for name in ("residual", "exp_avg", "exp_avg_sq"):
         assert torch.equal(a.state[straight][name], c.state[resumed][name])
         assert a.state[straight][name].dtype == c.state[resumed][name].dtype
+
+
+# --- other optimizers, by the name that transformers has for them -----------------------------------------------------
+
+REFUSED = {
+    "lomo": "inside the backward pass", "adalomo": "inside the backward pass",
+    "galore_adamw_layerwise": "inside the backward pass", "galore_adamw_8bit_layerwise": "inside the backward pass",
+    "galore_adafactor_layerwise": "inside the backward pass", "apollo_adamw_layerwise": "inside the backward pass",
+    "schedule_free_radam": "other weights", "schedule_free_adamw": "other weights",
+    "schedule_free_sgd": "other weights",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optim", [x.value for x in OptimizerNames])
+def test_every_name_is_allowed_or_refused_with_a_reason(optim: str) -> None:
+    if optim in REFUSED:
+        with pytest.raises(ValueError, match=f"optim='{optim}' .*{REFUSED[optim]}"):
+            check_optim(optim, None, bfloat16=False)
+        return
+    check_optim(optim, None, bfloat16=False)
+    if optim in ("adamw_torch", "adamw_torch_fused"):
+        check_optim(optim, None, bfloat16=True)
+        return
+    with pytest.raises(
+        ValueError, match=f"optim='{optim}' updates bfloat16 weights without a float32 master"
+    ):
+        check_optim(optim, None, bfloat16=True)
+
+
+def test_rounding_by_chance_loses_nothing_on_average() -> None:
+    for optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
+        check_optim(optim, "block_size=128, bf16_stochastic_round=True", bfloat16=True)
+        with pytest.raises(ValueError, match="without a float32 master"):
+            check_optim(optim, "bf16_stochastic_round=False", bfloat16=True)
+
+
+def test_the_trainer_asks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optim='sgd' updates bfloat16 weights"):
+        trainer(tmp_path, optim="sgd", bf16=True)
+    trainer(tmp_path, optim="sgd", bf16=False)
+    import peft
+
+    trainer(tmp_path, optim="sgd", bf16=True, peft_config=peft.LoraConfig(task_type="CAUSAL_LM", r=4))
+    policy = tiny.policy()
+    with pytest.warns(UserWarning, match="unless this optimizer keeps a float32 master"):
+        trainer(tmp_path, model=policy, bf16=True, optimizers=(torch.optim.SGD(policy.parameters()), None))
+
+
+def _trained_and_resumed(tmp_path: Path, **settings: Any) -> PPOTrainer:
+    """Four updates; checks that a run resumed after the second is the same."""
+
+    def start(folder: str) -> PPOTrainer:
+        return trainer(
+            tmp_path / folder, model=tiny.policy(intermediate_size=256), total_episodes=64, save_strategy="steps",
+            save_steps=2, learning_rate=1e-2, **settings,
+        )  # fmt: skip
+
+    run, resumed = start("a"), start("b")
+    before = [p.detach().clone() for p in run.actor_critic.parameters()]
+    run.train()
+    assert not any(torch.equal(p, old) for p, old in zip(run.actor_critic.parameters(), before, strict=True))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/run/checkpoint-2"))
+    for a, b in zip(run.actor_critic.parameters(), resumed.actor_critic.parameters(), strict=True):
+        assert torch.equal(a, b)
+    return run
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adagrad", "rmsprop"])
+def test_torchs_and_transformers_own_train_and_resume(tmp_path: Path, optim: str) -> None:
+    _trained_and_resumed(tmp_path, optim=optim)
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
+def test_bitsandbytes_trains_and_resumes(tmp_path: Path, optim: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'fastppo[8bit]'")
+    run = _trained_and_resumed(tmp_path, optim=optim)
+    # Weights of 4096 elements and more: the six of the MLPs, and the head. Embeddings and small ones stay in 32 bits.
+    states = [s for s in run.optimizer.state.values() if s["state1"].dtype is torch.uint8]
+    assert len(states) == 7
+
+
+def test_torchao_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao", reason="pip install 'fastppo[8bit]'")
+    # It compiles its step for each shape: minutes, and nothing that is ours.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    run = _trained_and_resumed(
+        tmp_path, optim="adamw_torch_8bit", optim_args="bf16_stochastic_round=True", bf16=True
+    )
+    assert any(type(s["exp_avg"]).__name__ == "OptimState8bit" for s in run.optimizer.state.values())

@@ -123,32 +123,6 @@ def test_full_kl_by_hand() -> None:
     torch.testing.assert_close(kl, torch.stack([expected, torch.tensor(0.0)]))
 
 
-def test_full_kl_never_holds_tokens_times_vocabulary(tmp_path: Path) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, Tensor):
-                    self.largest = max(self.largest, x.numel())
-            return out
-
-    run = trainer(
-        tmp_path, ref_model=tiny.policy(seed=5), kl_estimator="full", total_episodes=64, per_device_train_batch_size=64,
-        gradient_accumulation_steps=1, response_length=8, stop_token_id=299, num_ppo_epochs=1,
-        train_dataset=[{"input_ids": [5]}],  # or the activations of the prompts would outgrow a chunk of logits
-    )  # fmt: skip
-    with Watch() as watch:
-        run.train()
-    tokens = 64 * last(run)["completions/mean_length"]
-    assert tokens > 3 * models._KL_ROWS
-    assert watch.largest <= models._KL_ROWS * tiny.VOCABULARY < tokens * tiny.VOCABULARY / 3
-    assert last(run)["objective/kl"] > 0
-
-
 def test_kl_coef_follows_the_logged_kl(tmp_path: Path) -> None:
     run = trainer(
         tmp_path, ref_model=tiny.policy(seed=5), adap_kl_ctrl=True, kl_coef=0.1, target=1e-3, horizon=160,
@@ -217,6 +191,90 @@ def test_the_adapted_entropy_coefficient_reaches_the_loss(tmp_path: Path) -> Non
         adaptive[0]["grad_norm"] == fixed[0]["grad_norm"]
         and adaptive[1]["grad_norm"] != fixed[1]["grad_norm"]
     )
+
+
+# --- old log-probs of the rollout --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("kl_estimator", ["k1", "full"])
+def test_the_rollouts_logprobs_train_as_recomputed_ones(
+    tmp_path: Path, separate: bool, kl_estimator: str
+) -> None:
+    runs = [
+        trainer(
+            tmp_path, old_logprobs=source, temperature=0.7, top_p=0.9, top_k=50, ref_model=tiny.policy(seed=5),
+            kl_estimator=kl_estimator, value_model=tiny.classifier(3) if separate else None, total_episodes=32,
+        )
+        for source in ("recompute", "rollout")
+    ]  # fmt: skip
+    for run in runs:
+        run.train()
+    one, other = (run.state.log_history[:2] for run in runs)
+    for i in range(2):
+        gap = {k: v for k, v in one[i].items() if k.startswith("sampling/")}
+        assert 0 < gap["sampling/sampling_logp_difference/max"] < 1e-4
+        first = {k: v for k, v in other[i].items() if k.startswith("sampling/")}
+        assert first.keys() == {f"sampling/first_step/{x}" for x in ("ratio", "ratio_max", "approx_kl")}
+        assert first["sampling/first_step/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert first["sampling/first_step/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+        assert first["sampling/first_step/approx_kl"] < 1e-9
+        for name in ("objective/kl", "objective/entropy", "loss/policy_avg", "loss/value_avg", "val/ratio"):
+            assert other[i][name] == pytest.approx(one[i][name], rel=1e-3, abs=1e-4), name
+    for name, p in weights(runs[0]).items():
+        torch.testing.assert_close(weights(runs[1])[name], p, atol=2e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("separate", "kl_estimator", "trunk", "head"),
+    [(True, "k1", 0, 0), (False, "k1", 1, 0), (True, "full", 1, 0)],
+)
+def test_the_rollouts_logprobs_save_the_policys_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separate: bool, kl_estimator: str, trunk: int, head: int
+) -> None:
+    seen: list[str] = []
+    plain = models.predicting_states, models.head_logprobs
+
+    def predicting_states(model: Any, *args: Any) -> Any:
+        seen.append("trunk" if model is run._policy() else "reference")
+        return plain[0](model, *args)
+
+    def head_logprobs(model: Any, *args: Any) -> Any:
+        seen.append("head" if model is run._policy() else "reference")
+        return plain[1](model, *args)
+
+    run = trainer(
+        tmp_path, old_logprobs="rollout", kl_estimator=kl_estimator, ref_model=tiny.policy(seed=5),
+        value_model=tiny.classifier(3) if separate else None,
+    )  # fmt: skip
+    episodes = run._rollout(next(run._prompt_batches()))
+    monkeypatch.setattr(models, "predicting_states", predicting_states)
+    monkeypatch.setattr(models, "head_logprobs", head_logprobs)
+    tokens = run._evaluate_tokens(episodes, "rollout")
+    assert (seen.count("trunk"), seen.count("head")) == (trunk, head) and seen.count("reference") == 2
+    assert torch.equal(tokens.logprobs, episodes.logprobs)
+
+
+def test_the_first_ratio_shows_a_gap_between_sampling_and_training(tmp_path: Path) -> None:
+    run = trainer(tmp_path, old_logprobs="rollout", total_episodes=16)
+    plain = run._rollout
+
+    def another_engine(batch: Any) -> Any:
+        episodes = plain(batch)
+        episodes.logprobs -= 0.1 * episodes.response_mask
+        return episodes
+
+    run._rollout = another_engine  # type: ignore[method-assign]
+    run.train()
+    assert last(run)["sampling/first_step/ratio"] == pytest.approx(1.1052, abs=1e-3)  # e^0.1
+    assert last(run)["sampling/first_step/approx_kl"] == pytest.approx(0.005, rel=1e-2)  # 0.1² / 2
+
+
+def test_rollout_logprobs_of_processed_logits_are_refused(tmp_path: Path) -> None:
+    from transformers import TemperatureLogitsWarper
+
+    with pytest.raises(ValueError, match="old_logprobs='rollout' needs a rollout without logits_processor"):
+        trainer(tmp_path, old_logprobs="rollout", logits_processor=[TemperatureLogitsWarper(2.0)])
 
 
 # --- scores --------------------------------------------------------------------------------------------------------

@@ -186,6 +186,27 @@ def test_what_is_no_reward(reward: Any, settings: dict[str, Any], error: Any, me
         scores(reward, **settings)
 
 
+def test_an_offloaded_classifier_visits_the_device_for_its_scores() -> None:
+    # "meta" stands for a device of its own, which computes nothing; so the classifier tells where it was called.
+    classifier = tiny.classifier()
+    expected = scores(classifier)
+    (reward,) = make_rewards(classifier)
+    seen: list[str] = []
+    classifier.model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(
+            f"{inputs['input_ids'].device} {next(module.parameters()).device}"
+        ),
+        with_kwargs=True,
+    )
+    reward.function.place(torch.device("meta"), offload=True)  # type: ignore[attr-defined]
+    assert next(classifier.parameters()).device.type == "cpu"
+    with pytest.raises(RuntimeError, match="meta tensor"):  # the scores of a meta tensor cannot be read
+        reward.function(EPISODES)
+    assert seen == ["meta meta"] and next(classifier.parameters()).device.type == "cpu"
+    reward.function.place(CPU, offload=True)  # type: ignore[attr-defined]
+    assert score([reward], EPISODES, CPU)[0].tolist() == expected
+
+
 def test_classifier_with_two_labels_is_refused() -> None:
     with pytest.raises(ValueError, match="num_labels=1"):
         make_rewards(tiny.classifier(num_labels=2))

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from fastppo import models
 from fastppo.advantages import rewards_and_advantages
 from fastppo.batch import Rollout, micro_batches
 from fastppo.controllers import ScoreScale
@@ -79,6 +80,16 @@ def run(
 
 def fresh(separate: bool = False) -> ActorCritic:
     return ActorCritic(tiny.policy(), tiny.classifier() if separate else None)
+
+
+def one_base() -> ActorCritic:
+    """Policy and critic as two adapters on the same weights."""
+    import peft
+
+    configs = [peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False) for _ in range(2)]
+    policy = peft.get_peft_model(tiny.policy(), configs[0])
+    models.add_critic_adapter(policy, configs[1])
+    return ActorCritic(policy)
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -174,13 +185,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "value head": {"critic_only": True},
     "actor and critic": {"separate": True},
     "critic": {"separate": True, "critic_only": True},
+    "actor and critic on one base": {"one_base": True},
 }
 
 
 def step(name: str, rank: int | None = None, accelerator: Accelerator | None = None) -> tuple[Any, Any]:
     """The model after one of `STEPS` and what `update` said, of one rank or alone."""
     settings = dict(STEPS[name])
-    model = fresh(settings.pop("separate", False))
+    model = one_base() if settings.pop("one_base", False) else fresh(settings.pop("separate", False))
     mine = slice(0, 8) if rank is None else slice(rank * 4, rank * 4 + 4)
     if "ptx_coef" in settings:
         settings["texts"] = iter([TEXTS[mine.start // 2 : mine.stop // 2]])

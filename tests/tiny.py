@@ -101,6 +101,6 @@ def policy(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
 ARCHITECTURES = ("llama", "llama-tied", "gpt2", "qwen2", "qwen3", "gemma3")
 
 
-def classifier(seed: int = 1, num_labels: int = 1) -> Any:
+def classifier(seed: int = 1, num_labels: int = 1, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(LlamaConfig(**_SIZES, num_labels=num_labels)).eval()
+    return LlamaForSequenceClassification(LlamaConfig(**{**_SIZES, **changes}, num_labels=num_labels)).eval()
