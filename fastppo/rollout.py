@@ -356,15 +356,7 @@ class _Slots:
             **{self.cache_argument: self.cache},
         ).logits[:, -1]
         logits = self._processed(logits)
-        draw = ops.sample(
-            logits,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=self.seed,
-            counters=(self.first_episode + rows) * _DRAWS_PER_EPISODE + steps,
-        )
+        draw = _draw(logits, sampling, self.seed, self.first_episode + rows, steps)
         # On CUDA an id of -1, with a log-prob of NaN, says that a row's logits are no distribution. The host hears of
         # it when it next waits for the device; until then the model needs an id.
         self.ids = draw.token_ids.clamp_min(0)
@@ -514,15 +506,7 @@ def _generate_group(
         if processors:
             logits = processors(history, logits)  # type: ignore[arg-type]
         rows = episodes[active]
-        draw = ops.sample(
-            logits,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=seed,
-            counters=(first_episode + rows) * _DRAWS_PER_EPISODE + t,
-        )
+        draw = _draw(logits, sampling, seed, first_episode + rows, t)
         # On CUDA an id of -1, with a log-prob of NaN, says that a row's logits are no distribution. The host hears of
         # it when it next waits for the device; until then the model needs an id.
         ids = draw.token_ids.clamp_min(0)
@@ -559,6 +543,21 @@ def _generate_group(
         logits = forward(ids[:, None], next_positions)
         next_positions = next_positions + 1
     _check_drawn(draws.logprobs, episodes, first_episode)
+
+
+def _draw(
+    logits: Tensor, sampling: Sampling, seed: int, episodes: Tensor, positions: Tensor | int
+) -> ops.Sample:
+    """A token for each row, by the draw that belongs to its episode and response position."""
+    return ops.sample(
+        logits,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=seed,
+        counters=episodes * _DRAWS_PER_EPISODE + positions,
+    )
 
 
 def _check_drawn(logprobs: Tensor, rows: Tensor, first_episode: int) -> None:
