@@ -38,11 +38,14 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            # What a view or expand shows is not there: count what its storage holds.
-            if isinstance(x, Tensor) and x.untyped_storage().nbytes() // x.element_size() > self.largest:
-                self.largest = x.untyped_storage().nbytes() // x.element_size()
-                self.by = str(func)
+            if isinstance(x, Tensor) and _elements(x) > self.largest:
+                self.largest, self.by = _elements(x), str(func)
         return out
+
+
+def _elements(x: Tensor) -> int:
+    """Of its storage: what a view or expand shows is not there. A weight packed by oneDNN has none that can be asked."""
+    return x.numel() if x.is_mkldnn else x.untyped_storage().nbytes() // x.element_size()
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ class Table(nn.Module):
         self.logprobs = nn.Parameter(logprobs.flatten().clone())
         self.values = nn.Parameter(values.flatten().clone())
         self.entropy = nn.Parameter(torch.full_like(self.logprobs, 2.0))
+
+    def running(self, network: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def forward(self, batch: MicroBatch, temperature: float, network: str) -> Evaluation:
         i = batch.tokens
