@@ -296,18 +296,24 @@ def recompute_activations(model: Any, options: Any = None) -> None:
     (new_name or model.gradient_checkpointing_enable)(options or {"use_reentrant": False})
 
 
-def to_bfloat16(model: nn.Module) -> None:
+def to_bfloat16(model: nn.Module) -> dict[Tensor, Tensor]:
     """Cast a model's parameters to bfloat16, in place.
 
     Buffers keep their dtype (rotary frequencies lose too much in bfloat16), and so do PEFT's trainable adapters and
     heads of one output (`score`), which are small and sensitive.
+
+    Returns:
+        What the cast took off each weight, int16 (`ops.split_master`), for the optimizer that keeps their float32
+        master: `AdamW.keep_residuals`.
     """
     adapted = is_peft(model)
+    residuals: dict[Tensor, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.dtype is not torch.float32 or (adapted and parameter.requires_grad):
             continue
         if not name.endswith(("score.weight", "score.bias")):
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data, residuals[parameter] = ops.split_master(parameter.data)
+    return residuals
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,18 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def keep_residuals(self, residuals: Mapping[Tensor, Tensor]) -> None:
+        """Let the masters begin at the float32 weights that were cast, not at what the cast left of them.
+
+        Args:
+            residuals: what the cast took off each weight, as `models.to_bfloat16` gives it. Without it a
+                master begins at the bfloat16 weight.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in residuals:
+                    self.state[p]["residual"] = residuals[p].to(p.device)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step. `closure` reevaluates the loss, as in every torch optimizer."""
@@ -93,9 +105,10 @@ class AdamW(torch.optim.Optimizer):
                     plain.append(p)
                     continue
                 state = self.state[p]
-                if not state:
+                if "step" not in state:
                     state["step"] = 0
-                    state["residual"] = torch.zeros_like(p, dtype=torch.int16)
+                    if "residual" not in state:
+                        state["residual"] = torch.zeros_like(p, dtype=torch.int16)
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
                 state["step"] += 1

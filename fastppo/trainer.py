@@ -149,9 +149,12 @@ class PPOTrainer(Trainer):
 
         # --- models
         models.check_can_be_saved(model)
+        residuals: dict[Tensor, Tensor] = {}  # what the casts take off the weights that are trained
         for module in (model, value_model, ref_model):
             if module is not None and args.bf16:
-                models.to_bfloat16(module)
+                taken_off = models.to_bfloat16(module)
+                if module is not ref_model:
+                    residuals |= taken_off
         if peft_config is not None:
             model = _with_adapter(model, peft_config, "model", "peft_config")
         self.is_peft_model = models.is_peft(model)
@@ -227,6 +230,8 @@ class PPOTrainer(Trainer):
             else None
         )
         self._create_optimizer_and_scheduler()
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.keep_residuals(residuals)
         # DDP must be told that a network trained on its own leaves the other without gradients.
         apart = len(actor_critic.networks) > 1 or args.critic_warmup_updates > 0
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(

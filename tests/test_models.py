@@ -152,9 +152,9 @@ def test_dropout_is_off_everywhere() -> None:
 
 def test_to_bfloat16_keeps_rotary_frequencies_and_value_heads() -> None:
     critic = tiny.classifier()
-    models.to_bfloat16(critic)
+    residuals = models.to_bfloat16(critic)
     assert critic.model.layers[0].mlp.up_proj.weight.dtype is torch.bfloat16
-    assert critic.score.weight.dtype is torch.float32
+    assert critic.score.weight.dtype is torch.float32 and critic.score.weight not in residuals
     assert critic.model.rotary_emb.inv_freq.dtype is torch.float32
 
 

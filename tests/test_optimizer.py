@@ -71,6 +71,49 @@ def test_state_dict_brings_back_every_bit() -> None:
         assert a.state[straight][name].dtype == c.state[resumed][name].dtype
 
 
+@pytest.mark.parametrize("own_optimizer", [False, True])
+def test_masters_begin_at_the_float32_weights(tmp_path: Path, own_optimizer: bool) -> None:
+    policy, critic = tiny.policy(), tiny.classifier()
+    for p in (*policy.parameters(), *critic.parameters()):
+        # Anywhere between two bfloat16 numbers, half-way too.
+        bits = p.data.to(torch.bfloat16).float().view(torch.int32)
+        p.data = (bits + 0x1000 * torch.randint(0, 16, p.shape, dtype=torch.int32)).view(torch.float32)
+    given = [p.detach().clone() for p in (*policy.parameters(), *critic.parameters())]
+    optimizer = AdamW([*policy.parameters(), *critic.parameters()], lr=1e-6) if own_optimizer else None
+    run = trainer(
+        tmp_path,
+        model=policy,
+        value_model=critic,
+        bf16=True,
+        learning_rate=1e-6,
+        optimizers=(optimizer, None),
+    )
+    weights = [*policy.parameters(), *critic.parameters()]
+    assert (
+        sum(p.dtype is torch.bfloat16 for p in weights) == len(weights) - 1
+    )  # the critic's head stays float32
+
+    def masters() -> list[torch.Tensor]:
+        state = run.optimizer.state
+        return [
+            join_master(p.detach(), state[p]["residual"]) if p.dtype is torch.bfloat16 else p.detach()
+            for p in weights
+        ]
+
+    for master, start in zip(masters(), given, strict=True):
+        assert torch.equal(master.view(torch.int32), start.view(torch.int32))
+    # So the first step is that of float32 weights, to the last rounding of the moments' square root and quotient.
+    plain = [torch.nn.Parameter(start.clone()) for start in given]
+    for p, q in zip(weights, plain, strict=True):
+        p.grad = torch.randn(p.shape).to(p.dtype)
+        q.grad = p.grad.float()
+    run.optimizer.step()
+    torch.optim.AdamW(plain, lr=1e-6, weight_decay=0.0).step()
+    for master, q, start in zip(masters(), plain, given, strict=True):
+        assert ((q.detach() - start).abs() > 0).any()
+        torch.testing.assert_close(master, q.detach(), rtol=2**-23, atol=1e-10)
+
+
 # --- other optimizers, by the name that transformers has for them -----------------------------------------------------
 
 REFUSED = {
