@@ -34,6 +34,7 @@ CONCEPTS = (
     "ppo_loss_from_logits",
     "adamw",
     "decode_attention",
+    "varlen_attention",
 )
 
 

@@ -149,7 +149,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [columns, rule, *lines]) + "\n"
 
 
-def short(rows: Sequence[Row], limit: int = 18) -> list[Row]:
+def short(rows: Sequence[Row], limit: int = 19) -> list[Row]:
     """Rows of the short table and the picture: those marked for it that are compared with something."""
     return [row for row in rows if row.readme and len(row.seconds) > 1][:limit]
 

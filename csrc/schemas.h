@@ -54,6 +54,15 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slots, Tensor lengths, float scale, int? window) -> Tensor");
 
+  // varlen_attention
+  m.def(
+      "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, "
+      "int? window) -> (Tensor out, Tensor lse)");
+  m.def(
+      "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, int? window) "
+      "-> (Tensor query, Tensor key, Tensor value)");
+
   // logprobs
   m.def(
       "logprobs(Tensor logits, Tensor ids, float temperature) "

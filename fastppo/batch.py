@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .packing import Packing, groups_to_pack, pack
+
 
 @dataclass
 class Rollout:
@@ -52,15 +54,16 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Some episodes, right-padded for one forward pass; only their N counted tokens reach the heads.
+    """Some episodes for one forward pass; only their N counted tokens reach the heads.
 
     Attributes:
         input_ids: (b, L) int64, prompt then response then padding. Padding comes last, so that causal attention
-            needs no mask and positions need no shift.
-        predictors: (N,) int64 into b*L: the place whose hidden state predicts each counted token.
+            needs no mask and positions need no shift. Packed: (1, L), see `Packing`.
+        predictors: (N,) int64 into `input_ids`, flattened: the place whose hidden state predicts each counted token.
         target_ids: (N,) int64, the counted tokens.
         tokens: (N,) int64 into B*T: where the counted tokens stand in the rollout, one episode after the other.
         counts: how many of the N belong to each of the b episodes.
+        packing: how the episodes lie in `input_ids`, without padding; None: padded.
     """
 
     input_ids: Tensor
@@ -68,6 +71,7 @@ class MicroBatch:
     target_ids: Tensor
     tokens: Tensor
     counts: tuple[int, ...]
+    packing: Packing | None = None
 
 
 def groups_by_length(
@@ -97,8 +101,13 @@ def micro_batches(
     pad_token_id: int,
     max_rows: int | None = None,
     max_tokens: int | None = None,
+    padding_free: bool = False,
 ) -> Iterator[MicroBatch]:
-    """The episodes `rows` of a rollout, cut into micro-batches of similar length.
+    """The episodes `rows` of a rollout, cut into micro-batches of at most `max_rows` episodes and `max_tokens` tokens.
+
+    With padding, those of similar length come together. Without (`padding_free`), those with a common beginning do, and
+    `max_rows` is read as the tokens of that many episodes as long as the rollout's longest: as much work and memory as
+    it allows with padding, and more episodes.
 
     Episodes without a token that counts are left out, but one where there is no other: every rank of a run must have
     something to run backward through.
@@ -107,9 +116,12 @@ def micro_batches(
     completions = rollout.completions()
     masks = rollout.response_mask.cpu()
     rows = [row for row in rows if masks[row].any()] or list(rows[:1])
+    if padding_free:
+        longest = max(len(p) + len(c) for p, c in zip(rollout.prompt_ids, completions, strict=True))
+        max_tokens = _token_budget(max_rows, max_tokens, longest)
     sequences = [rollout.prompt_ids[row] + completions[row] for row in rows]
     counted = [masks[row].nonzero().squeeze(1) for row in rows]
-    for group in groups_by_length([len(s) for s in sequences], max_rows=max_rows, max_tokens=max_tokens):
+    for group in _groups(sequences, max_rows, max_tokens, padding_free):
         yield _micro_batch(
             [sequences[i] for i in group],
             # The hidden state before a token predicts it.
@@ -117,6 +129,7 @@ def micro_batches(
             torch.cat([rows[i] * width + counted[i] for i in group]),
             pad_token_id,
             rollout.response_ids.device,
+            padding_free,
         )
 
 
@@ -127,10 +140,13 @@ def text_batches(
     device: torch.device,
     max_rows: int | None = None,
     max_tokens: int | None = None,
+    padding_free: bool = False,
 ) -> Iterator[MicroBatch]:
     """Micro-batches of plain texts, in which every token but the first counts; `tokens` numbers them."""
     first = 0
-    for group in groups_by_length([len(s) for s in sequences], max_rows=max_rows, max_tokens=max_tokens):
+    if padding_free:
+        max_tokens = _token_budget(max_rows, max_tokens, max(len(s) for s in sequences))
+    for group in _groups(sequences, max_rows, max_tokens, padding_free):
         members = [list(sequences[i]) for i in group]
         count = sum(len(s) - 1 for s in members)
         yield _micro_batch(
@@ -139,8 +155,22 @@ def text_batches(
             torch.arange(first, first + count),
             pad_token_id,
             device,
+            padding_free,
         )
         first += count
+
+
+def _token_budget(max_rows: int | None, max_tokens: int | None, longest: int) -> int | None:
+    limits = [x for x in (max_tokens, None if max_rows is None else max_rows * longest) if x is not None]
+    return min(limits, default=None)
+
+
+def _groups(
+    sequences: Sequence[Sequence[int]], max_rows: int | None, max_tokens: int | None, padding_free: bool
+) -> list[list[int]]:
+    if padding_free:
+        return groups_to_pack(sequences, max_tokens)
+    return groups_by_length([len(s) for s in sequences], max_rows=max_rows, max_tokens=max_tokens)
 
 
 def _micro_batch(
@@ -149,15 +179,25 @@ def _micro_batch(
     tokens: Tensor,
     pad_token_id: int,
     device: torch.device,
+    padding_free: bool,
 ) -> MicroBatch:
-    """Sequences, longest first, right-padded; `predictors` are places within each."""
-    longest = len(sequences[0])
-    input_ids = torch.tensor([s + [pad_token_id] * (longest - len(s)) for s in sequences], dtype=torch.int64)
-    places = torch.cat([i * longest + place for i, place in enumerate(predictors)])
+    """Sequences, longest first where they are padded; `predictors` are places within each."""
+    packing = pack(sequences) if padding_free else None
+    targets = [torch.tensor(s)[place + 1] for s, place in zip(sequences, predictors, strict=True)]
+    if packing is not None:
+        input_ids, all_places = packing.input_ids, packing.places
+    else:
+        longest = len(sequences[0])
+        input_ids = torch.tensor(
+            [s + [pad_token_id] * (longest - len(s)) for s in sequences], dtype=torch.int64
+        )
+        all_places = tuple(i * longest + torch.arange(longest) for i in range(len(sequences)))
+    places = [of_sequence[place] for of_sequence, place in zip(all_places, predictors, strict=True)]
     return MicroBatch(
         input_ids=input_ids.to(device),
-        predictors=places.to(device),
-        target_ids=input_ids.flatten()[places + 1].to(device),
+        predictors=torch.cat(places).to(device),
+        target_ids=torch.cat(targets).to(device),
         tokens=tokens.to(device),
         counts=tuple(len(place) for place in predictors),
+        packing=None if packing is None else packing.to(device),
     )

@@ -14,10 +14,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AttentionInterface, Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
+from .attention import implementation, unknown_arguments, what_config_rules_out, windows
 from .models import accepts, text_config, unwrap_peft
 
 # No mask is registered under this name: transformers then makes none, and lengths say what a row sees.
@@ -154,22 +155,11 @@ AttentionInterface.register(_IMPLEMENTATION, _attention)
 
 
 @contextmanager
-def _implementation(policy: nn.Module, name: str) -> Iterator[None]:
-    config = text_config(policy)
-    own = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
-
-
-@contextmanager
 def decoding(policy: nn.Module, cache: SlotCache) -> Iterator[None]:
     """Inside, the policy's attention is `ops.decode_attention` on `cache`; then its own again, after an error too."""
     _active.append(cache)
     try:
-        with _implementation(policy, _IMPLEMENTATION):
+        with implementation(text_config(policy), _IMPLEMENTATION):
             yield
     finally:
         _active.pop()
@@ -178,12 +168,6 @@ def decoding(policy: nn.Module, cache: SlotCache) -> Iterator[None]:
 def cache_argument(policy: nn.Module) -> str:
     """What this version of transformers calls the cache in a model's forward."""
     return "cache" if accepts(policy, "cache") else "past_key_values"
-
-
-def windows(policy: nn.Module) -> list[int | None]:
-    """How many tokens a query of each layer sees, itself included; None: all."""
-    layers = DynamicCache(config=text_config(policy)).layers
-    return [getattr(layer, "sliding_window", None) for layer in layers]
 
 
 _reasons: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
@@ -201,31 +185,14 @@ def why_no_slots(policy: nn.Module) -> str | None:
 
 
 def _what_its_config_rules_out(policy: nn.Module) -> str | None:
-    model, config = unwrap_peft(policy), text_config(policy)
+    model = unwrap_peft(policy)
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        return f"{name} is no transformers.PreTrainedModel"
-    if not model._supports_attention_backend:
-        return f"{name} does not let its attention be chosen (no support for transformers.AttentionInterface)"
-    if not accepts(policy, "position_ids"):
-        return f"{name}.forward takes no position_ids, so rows of different lengths need padding"
     if any(getattr(c, "is_prompt_learning", False) for c in getattr(policy, "peft_config", {}).values()):
         return f"PEFT puts virtual tokens before the prompt of {name}"
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        return f"{name} has cross-attention"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{name} caps its attention scores (attn_logit_softcapping)"
-    if getattr(config, "use_bidirectional_attention", False):
-        return f"{name} attends in both directions"
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return f"{name} attends in chunks"
-    for layer in DynamicCache(config=config).layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            return f"{name} keeps more than keys and values of attention ({type(layer).__name__})"
-    for module_name, module in model.named_modules():
-        if getattr(module, "sinks", None) is not None:
-            return f"{name} has attention sinks ({module_name}.sinks)"
-    return None
+    reason = what_config_rules_out(model, text_config(policy))
+    if reason is None and not accepts(policy, "position_ids"):
+        return f"{name}.forward takes no position_ids, so rows of different lengths need padding"
+    return reason
 
 
 @torch.no_grad()
@@ -246,12 +213,7 @@ def _what_a_trial_shows(policy: nn.Module) -> str | None:
         if key.shape != value.shape:
             seen.append(f"keys of shape {tuple(key.shape[1:])} and values of {tuple(value.shape[1:])} differ")
             return query.new_zeros(*query.shape[:1], 1, query.shape[1], value.shape[3]), None
-        known = {"scaling", "dropout", "sliding_window", "is_causal", "position_ids", "use_cache", "cache"}
-        seen.extend(
-            f"its attention asks for {argument}"
-            for argument, x in kwargs.items()
-            if x is not None and argument not in known and argument != "past_key_values" and x is not False
-        )
+        seen.extend(f"its attention asks for {argument}" for argument in unknown_arguments(kwargs))
         layers.add(module.layer_idx)
         return _attention(module, query, key, value, mask, **kwargs)
 
@@ -259,7 +221,7 @@ def _what_a_trial_shows(policy: nn.Module) -> str | None:
     prefilled = DynamicCache()
     policy(input_ids=ids[:, :3], use_cache=True, logits_to_keep=1, **{argument: prefilled})
     expected = policy(input_ids=ids, use_cache=False, logits_to_keep=1).logits.float()
-    trial = SlotCache(1, 4, windows(policy))
+    trial = SlotCache(1, 4, windows(text_config(policy)))
     if len(prefilled.layers) != len(trial.layers):
         return f"{name} caches {len(prefilled.layers)} layers, its configuration says {len(trial.layers)}"
     if any(layer.keys.shape != layer.values.shape for layer in prefilled.layers):  # type: ignore[union-attr]
@@ -271,7 +233,7 @@ def _what_a_trial_shows(policy: nn.Module) -> str | None:
     AttentionInterface.register(f"{_IMPLEMENTATION}_trial", watched)
     _active.append(trial)
     try:
-        with _implementation(policy, f"{_IMPLEMENTATION}_trial"):
+        with implementation(text_config(policy), f"{_IMPLEMENTATION}_trial"):
             got = policy(
                 input_ids=ids[:, 3:],
                 position_ids=slot[None] + 3,

@@ -128,7 +128,12 @@ class PPOConfig(TrainingArguments):
     )
     micro_batch_tokens: int | None = _setting(
         None,
-        "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes.",
+        "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes, or without "
+        "padding as many tokens as that many of the longest take.",
+    )
+    padding_free: bool | None = _setting(
+        None,
+        "Pack episodes without padding, common beginnings once. Default: where the models' attention allows.",
     )
 
     offload_ref_model: bool = _setting(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .attention import packed_attention, why_not_packed
 from .batch import MicroBatch
+from .packing import Packing
 
 
 class Evaluation(NamedTuple):
@@ -81,17 +83,30 @@ def lm_head(model: nn.Module) -> LMHead:
     return LMHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
+def causal_trunk(model: nn.Module) -> nn.Module:
+    """The trunk of a causal language model: everything below its LM head."""
+    return unwrap_peft(model).get_decoder()
+
+
+def hidden_states(trunk: nn.Module, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
     """Last hidden states, after the final norm: (b, L, H). Sequences are right-padded, so causal attention needs
-    neither a mask nor shifted positions.
+    neither a mask nor shifted positions; or they are packed, and the packing says both.
     """
-    trunk = unwrap_peft(model).get_decoder()
-    return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+    with packed_attention(trunk, packing):
+        positions = {} if packing is None else {"position_ids": packing.position_ids}
+        return trunk(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+
+
+def states_at_predictors(trunk: nn.Module, batch: MicroBatch) -> Tensor:
+    """Last hidden states of the places that predict the counted tokens: (N, H)."""
+    return (
+        hidden_states(trunk, batch.input_ids, batch.packing).flatten(0, 1).index_select(0, batch.predictors)
+    )
 
 
 def predicting_states(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Last hidden states of the places that predict the counted tokens: (N, H)."""
-    return hidden_states(model, batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+    """Those of a causal language model's trunk."""
+    return states_at_predictors(causal_trunk(model), batch)
 
 
 def token_logprobs(model: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -196,16 +211,26 @@ class ActorCritic(nn.Module):
         """Are the values read off the policy's own hidden states?"""
         return self.value_model is None and not self.has_critic_adapter
 
+    @property
+    def trunks(self) -> list[nn.Module]:
+        """Of the policy, and of a critic that has one of its own."""
+        own = [] if self.value_model is None else [classifier_trunk(self.value_model)]
+        return [causal_trunk(self.policy), *own]
+
     @contextmanager
-    def running(self, network: str) -> Iterator[None]:
+    def running(self, network: str, packing: Packing | None = None) -> Iterator[None]:
         """Within the block `network` ("actor", "critic", "both") is run forward and backward.
 
-        A critic that is an adapter must be the active one in the backward too, where activations are recomputed.
+        In the backward too, where activations may be computed again, a critic that is an adapter must be the active
+        one, and the attention that of the packing.
         """
-        if network == "critic" and self.has_critic_adapter:
-            with adapter_in_use(self.policy, CRITIC_ADAPTER):
-                yield
-        else:
+        trunk = self.trunks[-1] if network == "critic" else self.trunks[0]
+        adapter = (
+            adapter_in_use(self.policy, CRITIC_ADAPTER)
+            if network == "critic" and self.has_critic_adapter
+            else nullcontext()
+        )
+        with adapter, packed_attention(trunk, packing):
             yield
 
     def forward(self, batch: MicroBatch, temperature: float, network: str = "both") -> Evaluation:
@@ -224,9 +249,8 @@ class ActorCritic(nn.Module):
     def values(self, batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """(N,) float32 values; `hidden` are the policy's predicting states, where they are at hand."""
         if self.value_model is not None:
-            trunk, head = classifier_trunk(self.value_model), score_layer(self.value_model)
-            states = trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            hidden = states.flatten(0, 1).index_select(0, batch.predictors)
+            head = score_layer(self.value_model)
+            hidden = states_at_predictors(classifier_trunk(self.value_model), batch)
         else:
             assert self.value_head is not None
             head = self.value_head
@@ -424,6 +448,11 @@ def check_head(policy: nn.Module) -> None:
             f"{type(unwrap_peft(policy)).__name__}: log-probs through its trunk and LM head are {got.tolist()}, its "
             f"own logits give {expected.tolist()}; this architecture (or PEFT's prompt learning) is not supported"
         )
+
+
+def why_not_padding_free(models: Iterable[nn.Module]) -> str | None:
+    """Why one of these trunks cannot run over packed sequences, or None where all can."""
+    return next((reason for reason in map(why_not_packed, models) if reason is not None), None)
 
 
 def context_length(model: nn.Module) -> int | None:

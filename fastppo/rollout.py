@@ -230,7 +230,7 @@ class _Slots:
         longest = max(len(p) for p in prompts)
         self.limit = longest + sampling.max_new_tokens - 1  # the last token drawn is never fed back
         capacity = min(self.limit, longest - 1 + _FIRST_CAPACITY)
-        self.cache = SlotCache(slots, capacity, windows(policy))
+        self.cache = SlotCache(slots, capacity, windows(text_config(policy)))
         self.prefix = self._prefill_prefix()
 
         # Of the rows that decode, in the order of the batch. On the host: what it can know without asking the device.

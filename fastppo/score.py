@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .attention import why_not_packed
 from .batch import MicroBatch, Rollout, groups_by_length
-from .models import classifier_trunk, score_layer, unwrap_peft, visiting
+from .models import classifier_trunk, hidden_states, score_layer, unwrap_peft, visiting
+from .packing import groups_to_pack, pack
 
 RewardFunction = Callable[..., Any]
 
@@ -75,6 +77,7 @@ def make_rewards(
     *,
     timeout: float | None = None,
     max_rows: int = 64,
+    padding_free: bool = True,
 ) -> list[Reward]:
     """Turn `PPOTrainer`'s `reward_model` into weighted rewards.
 
@@ -85,7 +88,8 @@ def make_rewards(
         processing_classes: tokenizers of the classifiers (one, or a list like `reward_model` with None where there is
             none). None: the classifier shares the policy's tokenizer and is fed token ids.
         timeout: seconds a callable or server may take for one batch.
-        max_rows: most episodes in one forward pass of a classifier.
+        max_rows: most episodes in one forward pass of a classifier; packed, as many tokens as that many of the longest.
+        padding_free: pack what a decoder reads, where its attention can (`attention.why_not_packed`).
 
     Raises:
         TypeError, ValueError: not one of these, or the counts differ.
@@ -108,7 +112,10 @@ def make_rewards(
     for source, weight, tokenizer in zip(sources, weights, processing_classes, strict=True):
         function: Callable[[Episodes], Any]
         if isinstance(source, nn.Module):
-            name, function = type(unwrap_peft(source)).__name__, ClassifierReward(source, tokenizer, max_rows)
+            name, function = (
+                type(unwrap_peft(source)).__name__,
+                ClassifierReward(source, tokenizer, max_rows, padding_free),
+            )
         elif isinstance(source, str) and source.startswith(("http://", "https://")):
             name, function = source, _Called(source, HttpReward(source, timeout), timeout)
         elif callable(source):
@@ -172,8 +179,15 @@ class ClassifierReward:
     id. An encoder is called as it is.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_rows: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_rows: int,
+        padding_free: bool = True,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.padding_free = padding_free
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.device: torch.device | None = None
@@ -214,25 +228,49 @@ class ClassifierReward:
             return self._scores(self.token_ids(episodes), device)
 
     def _scores(self, sequences: list[list[int]], device: torch.device) -> list[float]:
+        trunk = classifier_trunk(self.model) if self.is_decoder else None
+        packed = trunk is not None and self.padding_free and why_not_packed(trunk) is None
+        lengths = [len(s) for s in sequences]
+        groups = (
+            groups_to_pack(sequences, self.max_rows * max(lengths))
+            if packed
+            else groups_by_length(lengths, max_rows=self.max_rows)
+        )
         scores = [0.0] * len(sequences)
-        for group in groups_by_length([len(s) for s in sequences], max_rows=self.max_rows):
-            longest = len(sequences[group[0]])
-            lengths = torch.tensor([len(sequences[i]) for i in group], device=device)
-            pad = getattr(self.tokenizer, "pad_token_id", None) or 0
-            ids = torch.tensor(
-                [sequences[i] + [pad] * (longest - len(sequences[i])) for i in group], device=device
-            )
-            if self.is_decoder:
-                hidden = classifier_trunk(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-                last = hidden[torch.arange(len(group), device=device), lengths - 1]
-                layer = score_layer(self.model)
-                out = layer(last.to(layer.weight.dtype)).squeeze(-1)
+        for group in groups:
+            members = [sequences[i] for i in group]
+            if trunk is None:
+                out = self._encoded(members, device)
             else:
-                attention = (torch.arange(longest, device=device) < lengths[:, None]).long()
-                out = self.model(input_ids=ids, attention_mask=attention).logits.squeeze(-1)
+                layer = score_layer(self.model)
+                last = self._last_states(trunk, members, packed, device)
+                out = layer(last.to(layer.weight.dtype)).squeeze(-1)
             for i, value in zip(group, out.float().tolist(), strict=True):
                 scores[i] = value
         return scores
+
+    def _last_states(
+        self, trunk: nn.Module, sequences: list[list[int]], packed: bool, device: torch.device
+    ) -> Tensor:
+        if packed:
+            packing = pack(sequences).to(device)
+            last = torch.stack([places[-1] for places in packing.places])
+            return hidden_states(trunk, packing.input_ids, packing)[0, last.to(device)]
+        ids, lengths = self._padded(sequences, device)
+        rows = torch.arange(len(sequences), device=device)
+        return hidden_states(trunk, ids)[rows, lengths - 1]
+
+    def _encoded(self, sequences: list[list[int]], device: torch.device) -> Tensor:
+        ids, lengths = self._padded(sequences, device)
+        attention = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+        return self.model(input_ids=ids, attention_mask=attention).logits.squeeze(-1)
+
+    def _padded(self, sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids, longest sequence first, and lengths."""
+        longest = len(sequences[0])
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+        ids = torch.tensor([s + [pad] * (longest - len(s)) for s in sequences], device=device)
+        return ids, torch.tensor([len(s) for s in sequences], device=device)
 
 
 class HttpReward:

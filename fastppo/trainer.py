@@ -145,6 +145,7 @@ class PPOTrainer(Trainer):
             reward_processing_classes,
             timeout=args.reward_timeout,
             max_rows=args.local_rollout_forward_batch_size,
+            padding_free=args.padding_free is not False,
         )
 
         # --- models
@@ -210,6 +211,7 @@ class PPOTrainer(Trainer):
                 if module is not None:
                     models.recompute_activations(module, args.gradient_checkpointing_kwargs)
         self.actor_critic = actor_critic
+        self.padding_free = self._can_do_without_padding()
         self.ptx_dataset = ptx_dataset
         self.objective: Objective = args.objective()
         self.kl_coef = KLCoefficient(
@@ -396,6 +398,7 @@ class PPOTrainer(Trainer):
             if self.args.micro_batch_tokens is None
             else None,
             max_tokens=self.args.micro_batch_tokens,
+            padding_free=self.padding_free,
         )
 
     def _score(self, batch: Prompts, episodes: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
@@ -481,6 +484,7 @@ class PPOTrainer(Trainer):
                 accelerator=self.accelerator,
                 critic_only=self.state.global_step < args.critic_warmup_updates,
                 texts=self._texts(),
+                padding_free=self.padding_free,
             )
         finally:
             self.model_wrapped.eval()
@@ -693,6 +697,18 @@ class PPOTrainer(Trainer):
     def _reference(self) -> nn.Module:
         assert self.ref_model is not None
         return self.ref_model
+
+    def _can_do_without_padding(self) -> bool:
+        """Does what `args.padding_free` asks for go with every model that sees the episodes' tokens?"""
+        if self.args.padding_free is False:
+            return False
+        trunks = self.actor_critic.trunks
+        if self.ref_model is not None:
+            trunks.append(models.causal_trunk(self.ref_model))
+        reason = models.why_not_padding_free(trunks)
+        if self.args.padding_free and reason is not None:
+            raise ValueError(f"padding_free=True does not go with these models: {reason}")
+        return reason is None
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

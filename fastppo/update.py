@@ -43,6 +43,7 @@ def update(
     accelerator: Any,
     critic_only: bool = False,
     texts: Iterator[Sequence[Sequence[int]]] | None = None,
+    padding_free: bool = False,
 ) -> dict[str, float]:
     """Train `model` (an `ActorCritic`, wrapped or not) on a rollout.
 
@@ -64,7 +65,7 @@ def update(
         temperature: divides the logits, as it did in the rollout.
         epochs: passes over the episodes.
         mini_batches: optimizer steps per epoch.
-        micro_batch_rows: most episodes in one forward and backward; None: no limit.
+        micro_batch_rows: most episodes in one forward and backward (see `micro_batches`); None: no limit.
         micro_batch_tokens: most tokens (with padding) in one forward and backward; None: no limit.
         max_grad_norm: the gradient of each network is scaled down to this norm; None or 0: not.
         pad_token_id: filler of micro-batches.
@@ -72,6 +73,7 @@ def update(
         accelerator: `accelerate.Accelerator`, for backward, clipping and gradient synchronisation.
         critic_only: leave the policy as it is. On a shared trunk only the value head learns.
         texts: token ids of the supervised texts of each optimizer step; needed where `objective.ptx_coef` is not 0.
+        padding_free: pack micro-batches instead of padding them; every trunk must be able to (`why_not_padding_free`).
 
     Returns:
         Means over the steps taken of `PPOStats`' fields, `first_ratio`, `first_ratio_max` and `first_approx_kl` of the
@@ -95,6 +97,7 @@ def update(
         "pad_token_id": pad_token_id,
         "max_rows": micro_batch_rows,
         "max_tokens": micro_batch_tokens,
+        "padding_free": padding_free,
     }
     steps: list[Tensor] = []
     text_losses: list[Tensor] = []
@@ -117,7 +120,7 @@ def update(
             stats = torch.zeros_like(step_stats)
             for i, piece in enumerate(pieces):
                 unsynced = nullcontext() if i + 1 == len(pieces) else accelerator.no_sync(model)
-                with unsynced, actor_critic.running(network):
+                with unsynced, actor_critic.running(network, piece.packing):
                     new = model(piece, temperature, network)
                     loss, part = _loss(new, piece, old, objective, size)
                     # DDP averages over ranks what the normalizer has already divided by all ranks' tokens.
@@ -258,8 +261,9 @@ def _learn_texts(model: nn.Module, pieces: list[MicroBatch], coef: float, accele
     device = pieces[0].input_ids.device
     tokens = _sum_over_ranks(torch.tensor(float(sum(len(piece.tokens) for piece in pieces)), device=device))
     total = torch.zeros((), device=device)
+    actor_critic = accelerator.unwrap_model(model)
     for piece in pieces:
-        with accelerator.no_sync(model):
+        with accelerator.no_sync(model), actor_critic.running("actor", piece.packing):
             loss = -model(piece, 1.0, "actor").logprobs.sum() / tokens
             accelerator.backward(coef * loss * accelerator.num_processes)
         total += loss.detach()

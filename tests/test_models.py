@@ -216,11 +216,12 @@ def actor_critic(kind: str) -> models.ActorCritic:
     return model
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize(
     "kind",
     ["shared trunk", "shared trunk, LoRA", "critic's adapter", "separate critic", "separate critic, LoRA"],
 )
-def test_recomputed_activations_give_the_same_gradients(kind: str) -> None:
+def test_recomputed_activations_give_the_same_gradients(kind: str, padding_free: bool) -> None:
     gradients, saved = [], []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -237,8 +238,10 @@ def test_recomputed_activations_give_the_same_gradients(kind: str) -> None:
             return x
 
         for network in model.networks:
-            for batch in micro_batches(episodes(), range(len(LENGTHS)), pad_token_id=0, max_rows=2):
-                with model.running(network):
+            for batch in micro_batches(
+                episodes(), range(len(LENGTHS)), pad_token_id=0, max_rows=2, padding_free=padding_free
+            ):
+                with model.running(network, batch.packing):
                     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
                         out = model(batch, 0.7, network)
                     sum(x.square().sum() for x in out if x is not None).backward()

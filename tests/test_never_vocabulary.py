@@ -44,7 +44,7 @@ class Watch(TorchDispatchMode):
 
 
 def _elements(x: Tensor) -> int:
-    """Of its storage: what a view or expand shows is not there. A weight packed by oneDNN has none that can be asked."""
+    """Of its storage: what a view or expand shows is not there. One packed by oneDNN has none that can be asked."""
     return x.numel() if x.is_mkldnn else x.untyped_storage().nbytes() // x.element_size()
 
 

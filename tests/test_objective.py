@@ -31,7 +31,7 @@ class Table(nn.Module):
         self.values = nn.Parameter(values.flatten().clone())
         self.entropy = nn.Parameter(torch.full_like(self.logprobs, 2.0))
 
-    def running(self, network: str) -> AbstractContextManager[None]:
+    def running(self, network: str, packing: object) -> AbstractContextManager[None]:
         return nullcontext()
 
     def forward(self, batch: MicroBatch, temperature: float, network: str) -> Evaluation:

@@ -105,7 +105,15 @@ def test_ratio_is_one_before_the_first_step(separate: bool) -> None:
 @pytest.mark.parametrize("separate", [False, True])
 def test_no_cut_into_micro_batches_changes_the_step(separate: bool) -> None:
     results = []
-    for cut in ({}, {"micro_batch_rows": 1}, {"micro_batch_rows": 3}, {"micro_batch_tokens": 16}):
+    cuts: list[dict[str, Any]] = [
+        {},
+        {"micro_batch_rows": 1},
+        {"micro_batch_rows": 3},
+        {"micro_batch_tokens": 16},
+        {"padding_free": True},
+        {"padding_free": True, "micro_batch_tokens": 16},
+    ]
+    for cut in cuts:
         model = fresh(separate)
         run(model, *experience(model), lr=0.1, **cut)
         results.append({n: p.detach().clone() for n, p in model.named_parameters()})

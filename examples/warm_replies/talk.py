@@ -84,12 +84,12 @@ class Speaker:
     def _expected(self, prompt: list[int]) -> float | None:
         import torch
 
-        from fastppo.models import hidden_states
+        from fastppo.models import causal_trunk, hidden_states
 
         if self.actor_critic.value_head is None:
             return None
         with torch.no_grad():
-            state = hidden_states(self.actor_critic.policy, torch.tensor([prompt]))[0, -1]
+            state = hidden_states(causal_trunk(self.actor_critic.policy), torch.tensor([prompt]))[0, -1]
             return float(self.actor_critic.value_head(state.float()))
 
 

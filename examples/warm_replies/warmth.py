@@ -91,9 +91,8 @@ def measure(
     """
     import torch
 
-    from fastppo import ops
     from fastppo.batch import micro_batches
-    from fastppo.models import hidden_states, lm_head
+    from fastppo.models import full_kl, lm_head, predicting_states
     from fastppo.rollout import Sampling, rollout
 
     prompts = [
@@ -115,13 +114,12 @@ def measure(
             for batch in micro_batches(
                 answers, range(len(answers)), pad_token_id=tokenizer.pad_token_id, max_rows=16
             ):
-                logits, ref_logits = (
-                    hidden_states(model, batch.input_ids).flatten(0, 1)[batch.predictors]
-                    @ lm_head(model).weight.T
-                    for model in (policy, reference)
-                )
-                kl.view(-1)[batch.tokens.cpu()] = ops.distribution_kl(
-                    logits, ref_logits, temperature=temperature
+                kl.view(-1)[batch.tokens.cpu()] = full_kl(
+                    lm_head(policy),
+                    predicting_states(policy, batch),
+                    lm_head(reference),
+                    predicting_states(reference, batch),
+                    temperature,
                 ).cpu()
     policy.train(was_training)
     completions = answers.completions()

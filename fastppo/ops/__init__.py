@@ -15,6 +15,7 @@ from .logprobs import logprobs
 from .ppo_loss import PPOStats, ppo_loss
 from .ppo_loss_from_logits import ppo_loss_from_logits
 from .sample import Sample, sample
+from .varlen_attention import varlen_attention
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -35,5 +36,6 @@ __all__ = [
     "sample",
     "scale_to_unit_std",
     "split_master",
+    "varlen_attention",
     "whiten",
 ]

@@ -10,13 +10,16 @@ import torch
 
 # Tests of the backends themselves choose their own.
 ABOUT_THE_BACKENDS = ["library", "emulated"]
+# Ops without CUDA kernels (CPU_CONCEPTS in CMakeLists.txt).
+CPU_ONLY = ["varlen_attention"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     concept = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
     if concept in ABOUT_THE_BACKENDS:
         return
-    names = ["cpu", "emulated"] + (["cuda"] if torch.cuda.is_available() else [])
+    others = ["emulated"] + (["cuda"] if torch.cuda.is_available() else [])
+    names = ["cpu", *([] if concept in CPU_ONLY else others)]
     metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -9,17 +9,6 @@ namespace fastppo::CPU_CAPABILITY {
 
 namespace {
 
-void store_row(const float* source, int64_t n, DType dtype, void* out, int64_t offset) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return narrow(source, n, static_cast<float*>(out) + offset);
-    case DType::kBFloat16:
-      return narrow(source, n, static_cast<c10::BFloat16*>(out) + offset);
-    case DType::kFloat16:
-      return narrow(source, n, static_cast<c10::Half*>(out) + offset);
-  }
-}
-
 // Places [first, first + n) of a head in float32, `padded` apart, zero past the width.
 void widen_tile(const Rows& rows, int64_t first, int64_t n, int64_t width, int64_t padded, float* out) {
   for (int64_t j = 0; j < n; ++j) {
@@ -126,7 +115,7 @@ void decode_attention_head(const DecodeAttentionArgs& args, float* scratch) {
     }
   }
   for (int64_t h = 0; h < args.group; ++h) {
-    store_row(out + h * padded, width, args.query.dtype, args.out, h * width);
+    store(out + h * padded, width, args.query.dtype, args.out, h * width);
   }
 }
 

@@ -141,6 +141,18 @@ inline void load(const Rows& rows, int64_t row, int64_t begin, int64_t n, float*
   std::fill(out + n, out + round_up(n), 0.0f);
 }
 
+// n numbers, rounded to the dtype, into out[offset, ...).
+inline void store(const float* source, int64_t n, DType dtype, void* out, int64_t offset) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return narrow(source, n, static_cast<float*>(out) + offset);
+    case DType::kBFloat16:
+      return narrow(source, n, static_cast<c10::BFloat16*>(out) + offset);
+    case DType::kFloat16:
+      return narrow(source, n, static_cast<c10::Half*>(out) + offset);
+  }
+}
+
 inline void load(const Rows& rows, int64_t row, int64_t begin, int64_t n, Block& out) {
   load(rows, row, begin, n, out.data);
 }
