@@ -8,6 +8,7 @@ is checked once, here; the rooms unpack the settings and hand plain numbers to t
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,19 @@ def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def multiplies_bfloat16(use_cpu: bool = False) -> bool:
+    """Does the device that would be trained on have instructions for products of bfloat16 numbers?
+
+    Without them (x86 processors without AVX-512, GPUs before Ampere) such products are emulated, and slower than those
+    of float32.
+    """
+    if torch.accelerator.is_available() and not use_cpu:
+        is_cuda = torch.accelerator.current_accelerator() == torch.device("cuda")
+        return not is_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and supported()
+
+
 @dataclass
 class PPOConfig(TrainingArguments):
     """Settings of `fastppo.PPOTrainer`: `transformers.TrainingArguments` plus the fields below.
@@ -35,8 +49,9 @@ class PPOConfig(TrainingArguments):
     `batch_size = per_device_train_batch_size * gradient_accumulation_steps * world_size`.
 
     Fields that differ from `TrainingArguments`: `learning_rate=3e-6`, `logging_steps=10`,
-    `gradient_checkpointing=True`, `bf16=True` unless `fp16` is set. With `bf16` the weights are bfloat16 and the
-    optimizer keeps their float32 master (see `fastppo.optimizer.AdamW`), so no update is lost to rounding.
+    `gradient_checkpointing=True`, `bf16=True` where the device multiplies bfloat16. With `bf16` the weights are
+    bfloat16 and the optimizer keeps their float32 master (see `fastppo.optimizer.AdamW`), so no update is lost to
+    rounding.
     Metrics are logged after every update.
 
     Raises:
@@ -49,7 +64,9 @@ class PPOConfig(TrainingArguments):
     gradient_checkpointing: bool = _setting(
         True, "Recompute activations in the backward pass: less memory for about a third more time."
     )
-    bf16: bool | None = _setting(None, "bfloat16 weights with a float32 master. Default: True unless fp16.")  # type: ignore[assignment]
+    bf16: bool | None = _setting(  # type: ignore[assignment]
+        None, "bfloat16 weights with a float32 master. Default: where the device multiplies bfloat16."
+    )
 
     # --- TRL's PPOConfig
     dataset_num_proc: int | None = _setting(
@@ -203,8 +220,15 @@ class PPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        multiplied = multiplies_bfloat16(self.use_cpu)
         if self.bf16 is None:
-            self.bf16 = not self.fp16
+            self.bf16 = multiplied and not self.fp16
+        elif self.bf16 and not multiplied:
+            warnings.warn(
+                "PPOConfig: bf16=True on a device that has no instructions for bfloat16 products: they are emulated, and "
+                "an update takes many times as long as with bf16=False, the default here",
+                stacklevel=3,
+            )
         # transformers 5.2x renamed the setting and warns about the name that scripts use.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing

@@ -18,7 +18,6 @@ TRL_DEFAULTS = {
     "learning_rate": 3e-6,
     "logging_steps": 10,
     "gradient_checkpointing": True,
-    "bf16": True,
     "num_mini_batches": 1,
     "total_episodes": None,
     "local_rollout_forward_batch_size": 64,
@@ -59,6 +58,15 @@ def test_defaults_are_those_of_trl() -> None:
 def test_no_autocast_with_bfloat16_weights() -> None:
     assert config().mixed_precision == "no"
     assert config(bf16=False).bf16 is False
+
+
+def test_bfloat16_is_the_default_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastppo.config.multiplies_bfloat16", lambda use_cpu: True)
+    assert config().bf16 is True
+    monkeypatch.setattr("fastppo.config.multiplies_bfloat16", lambda use_cpu: False)
+    assert config().bf16 is False
+    with pytest.warns(UserWarning, match="bf16=True on a device that has no instructions"):
+        assert config(bf16=True).bf16 is True
 
 
 def test_parses_from_the_command_line() -> None:

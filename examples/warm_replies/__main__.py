@@ -158,7 +158,6 @@ def make_trainer(
         lr_scheduler_type="linear",  # big steps while there is much to learn, none at the end
         temperature=1.0,
         gradient_checkpointing=False,
-        bf16=True,
         num_sample_generations=0,
         save_strategy="no",
         report_to="none",
