@@ -13,6 +13,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.14.1
 ARGS   ?=
 TESTS  ?= tests
+WORKERS ?= $(shell nproc)
 
 EXTRAS := test dev demo bench peft
 VENV   := .venv
@@ -61,14 +62,16 @@ setup build: $(BUILD_STAMP)  ## create .venv, install what is needed, compile th
 demo: $(BUILD_STAMP)  ## PPO on a real model in about 6 minutes: before/after table, curves, report.html
 	@$(BIN)/python -m examples.warm_replies $(ARGS)
 
+# One process per processor, each with one thread: tiny models leave a second thread nothing to do.
 test: $(BUILD_STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 # avx512 is what `make test` runs where the processor has it.
 test-sets: $(BUILD_STAMP)  ## the CPU kernels of the other instruction sets through the op tests
 	@for set in default avx2; do \
 	  echo "FASTPPO_CPU_CAPABILITY=$$set"; \
-	  FASTPPO_CPU_CAPABILITY=$$set $(BIN)/python -m pytest tests/ops -k "cpu and not emulated" $(ARGS) || exit 1; \
+	  FASTPPO_CPU_CAPABILITY=$$set OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	    tests/ops -k "cpu and not emulated" $(ARGS) || exit 1; \
 	done
 
 sanitize: $(BUILD_STAMP)  ## the emulated CUDA kernels under ThreadSanitizer, AddressSanitizer and UBSan
