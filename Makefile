@@ -4,6 +4,7 @@
 #   make demo ARGS="--seed 1"        options for the demo
 #   make test TESTS=tests/ops        a part of the suite
 #   make bench ARGS="logprobs gae"   some concepts of the benchmark
+#   make bench-iteration ARGS="--recipe long --side fastppo --layout shared --add"   one run of it; --help has all
 #   make build FASTPPO_CUDA=1        demand the CUDA kernels (default: built when the toolkit is found)
 #   make build TORCH=torch==2.13.0   another torch, 2.10 or newer
 #   make ... PYTHON=python3.12       another interpreter, for a fresh .venv
@@ -86,7 +87,7 @@ bench: $(BUILD_STAMP)  ## every op against plain torch, torch.compile, TRL, and 
 bench-scaling: $(BUILD_STAMP)  ## time of each op against tokens, vocabulary and threads
 	@$(BIN)/python -m bench.scaling $(ARGS)
 
-bench-iteration: $(BUILD_STAMP)  ## a whole PPO iteration against TRL 1.12: time by room, peak memory
+bench-iteration: $(BUILD_STAMP)  ## a whole PPO iteration against TRL 1.12: time by room, memory, floor; ARGS=--scaling ...
 	@$(BIN)/python -m bench.iteration $(ARGS)
 
 bench-rollout: $(BUILD_STAMP)  ## our rollout against Hugging Face generate, and vLLM where FASTPPO_VLLM_PYTHON has it

@@ -1,104 +1,260 @@
-"""One PPO iteration, fastppo against the PPO trainer of TRL 1.12.0: time by room and peak memory.
+"""One PPO iteration, fastppo against the PPO trainer of TRL 1.12.0: time by room, peak memory, share of the floor.
 
-Both sides train the same 135M model on the same 16 prompts with a separate critic and the same reward
-model (a classifier on the same trunk, the only kind of reward TRL's PPO takes): 16 episodes of exactly 32
-tokens, 4 epochs of one optimizer step, micro-batches of 4. Nothing stops early, so both do the same
-number of tokens.
+Both sides train the same model on the same 16 prompts with the same reward model (a classifier on the same trunk, the
+only kind of reward TRL's PPO takes), 4 epochs of one optimizer step. Recipes:
+  short  SmolLM2-135M, 32 tokens in every response: nothing stops early, so both do the same number of tokens
+  long   SmolLM2-135M, at most 256 tokens and real ends. TRL generates and trains every response to the length of the
+         longest; tokens count up to the first EOS on both sides. Lengths are drawn: compare tokens/s, too
+  wide   Gemma-3 270M, whose vocabulary has 262,144 tokens, 32 tokens in every response
+Layouts: a critic of its own (separate), or a value head on the policy's trunk (shared), which TRL does not have.
 
-Each side runs in a process of its own, so that peak memory (VmHWM, all since its start) is its own. The
-first iteration warms up and is not counted. TRL runs in every precision named by --trl-precision:
+Precisions:
   float32   weights and arithmetic
-  autocast  float32 weights, bfloat16 products (TRL's own bf16=True)
-  bfloat16  bfloat16 weights: fast and small, but at this learning rate most of its steps round to nothing
-The comparison is with the fastest and with the smallest of the first two. fastppo's bfloat16 keeps the
-float32 master weights, as 16 more bits beside the bfloat16 ones, so it does learn.
+  autocast  float32 weights, bfloat16 products in the update (TRL's own bf16=True). transformers 5.24 does not hand
+            bf16=True on to Accelerate, so ACCELERATE_MIXED_PRECISION=bf16 is set, and the run fails if it did nothing
+  bfloat16  bfloat16 weights. fastppo keeps the float32 master, as 16 more bits beside them, so it does learn. For TRL
+            this is fast and small, but at this learning rate most of its steps round to nothing
+Where none is asked for, each side gets those that learn and may be its best: float32 and autocast of TRL, bfloat16 of
+fastppo; float32 of both on a processor that does not multiply bfloat16. The comparison is with the fastest
+and with the smallest run of TRL that learns, over all its micro-batch sizes.
+
+Each run has a process of its own, so that peak memory (VmHWM, all since its start) is its own. The floor is measured
+there too, after the training: see bench/iteration_floor.py.
+
+    python -m bench.iteration --recipe short --side fastppo --layout shared
+    python -m bench.iteration --recipe short --side trl --precision autocast --micro-batch 16 --add
+    python -m bench.iteration --scaling vocabulary
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import iteration_report, iteration_scaling
+from bench.gemma3 import model_folder as gemma3_folder
+from bench.machine import describe
+from bench.memory import end_above, status
 from bench.peers import fetch_trl
+from examples.warm_replies.policy import model_folder as smollm2_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-TRL_FOLDER = ROOT / ".cache" / "trl-1.12.0"
-EPISODES, TOKENS, EPOCHS, MICRO_BATCH = 16, 32, 4, 4
-ROOMS = ("rollout", "score", "update")
+EPISODES, EPOCHS = 16, 4
+ROOMS = iteration_report.ROOMS
 LEARNING_RATE = 3e-6
-# Precisions in which a step of this learning rate is not rounded away.
-LEARNS = {"trl": ("float32", "autocast"), "fastppo": ("float32", "bfloat16")}
+SIDES = ("trl", "fastppo")
+LAYOUTS = {"trl": ("separate",), "fastppo": ("separate", "shared")}
+PRECISIONS = {"trl": ("float32", "autocast", "bfloat16"), "fastppo": ("float32", "bfloat16")}
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained. `stops`: responses end at an EOS; else each has `tokens` tokens."""
+
+    folder: Callable[[], str]
+    tokens: int
+    stops: bool
+    micro_batches: dict[str, tuple[int, ...]]  # of each side: what may be its best
+
+
+RECIPES = {
+    "short": Recipe(smollm2_folder, 32, False, {"trl": (4, 16), "fastppo": (4,)}),
+    "long": Recipe(smollm2_folder, 256, True, {"trl": (4, 16), "fastppo": (4,)}),
+    "wide": Recipe(gemma3_folder, 32, False, {"trl": (4, 16), "fastppo": (4,)}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side with one choice of everything."""
+
+    recipe: str
+    side: str
+    layout: str
+    precision: str
+    micro_batch: int
+    model: str  # folder
+    warm_up: int = 1
+    iterations: int = 2
+    memory_limit: float | None = None  # GB
+
+    @property
+    def tokens(self) -> int:
+        return RECIPES[self.recipe].tokens
+
+    def __str__(self) -> str:
+        return f"{self.recipe}: {self.side} {self.layout} in {self.precision}, micro-batches of {self.micro_batch}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.run:
+        print(json.dumps(measure(Run(**json.loads(options.run)))))
+        return
+    if options.scaling:
+        precision = options.precision[0] if options.precision else best_precisions("fastppo")[0]
+        iteration_scaling.main(options.scaling, precision, options.output)
+        return
+    results = iteration_report.read(options.output) if options.add else []
+    for run in plan(options):
+        print(f"{run} …", flush=True)
+        results = iteration_report.merge(results, in_process(run))
+        iteration_report.write(results, options.output)  # each is kept, should a later one fail
+    iteration_report.show(results, options.output)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", choices=["trl", "fastppo"], help="run one side alone, in this process")
+    every = sorted({precision for some in PRECISIONS.values() for precision in some})
+    parser.add_argument("--recipe", nargs="+", choices=list(RECIPES), default=["short"])
+    parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument(
-        "--precision", choices=["float32", "autocast", "bfloat16"], default="bfloat16", help="for --side"
+        "--layout", nargs="+", choices=LAYOUTS["fastppo"], default=["separate"], help="TRL has only separate"
     )
     parser.add_argument(
-        "--trl-precision", nargs="+", default=["float32", "autocast"], help="precisions to run TRL in"
+        "--precision",
+        nargs="+",
+        choices=every,
+        help="default: what may be the best of each side on this processor",
     )
     parser.add_argument(
-        "--fastppo-precision", nargs="+", default=["bfloat16"], help="precisions to run fastppo in"
+        "--micro-batch",
+        nargs="+",
+        type=int,
+        help="episodes; default: the best of each side (4 and 16 of TRL)",
     )
-    parser.add_argument(
-        "--iterations", type=int, default=2, help="counted iterations, after one that warms up"
-    )
+    parser.add_argument("--model", help="another model folder than the recipe's")
+    parser.add_argument("--warm-up", type=int, default=1, help="iterations that do not count")
+    parser.add_argument("--iterations", type=int, default=2, help="iterations that do")
+    parser.add_argument("--memory-limit", type=float, metavar="GB", help="fail once a run takes more")
+    parser.add_argument("--add", action="store_true", help="keep what earlier runs left in --output")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "bench-iteration", help="folder for JSON and PNG"
     )
-    options = parser.parse_args()
-    if options.side:
-        print(json.dumps(run_side(options.side, options.precision, options.iterations)))
-        return
-
-    from examples.warm_replies.policy import model_folder
-
-    model_folder()  # unpack once, outside both measurements
-    fetch_trl("1.12.0")
-    results = []
-    sides = [("trl", p) for p in options.trl_precision] + [("fastppo", p) for p in options.fastppo_precision]
-    for side, precision in sides:
-        print(f"{side} in {precision} …", flush=True)
-        results.append(run_in_process(side, precision, options.iterations))
-    report(results, options.output)
-
-
-# One side, in a process of its own
+    parser.add_argument(
+        "--scaling",
+        nargs="+",
+        choices=list(iteration_scaling.AXES),
+        help="instead: time and memory of our iteration along these axes, and fitted exponents",
+    )
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # a Run as JSON, to be measured in this process
+    options = parser.parse_args(arguments)
+    if options.warm_up < 0 or options.iterations < 1:
+        parser.error("--warm-up must be at least 0 and --iterations at least 1")
+    for size in options.micro_batch or ():
+        if size < 1 or EPISODES % size:
+            parser.error(f"--micro-batch must divide {EPISODES}, got {size}")
+    if not (options.run or options.scaling or plan(options)):
+        parser.error("no side has such a layout and precision")
+    return options
 
 
-def run_side(side: str, precision: str, iterations: int) -> dict[str, Any]:
-    """Train 1 + `iterations` iterations; seconds by room (mean over the counted ones) and peak memory."""
+def plan(options: argparse.Namespace) -> list[Run]:
+    """The runs that are asked for, in order. What a side does not have is left out."""
+    return [
+        Run(
+            recipe,
+            side,
+            layout,
+            precision,
+            micro_batch,
+            options.model or RECIPES[recipe].folder(),
+            options.warm_up,
+            options.iterations,
+            options.memory_limit,
+        )
+        for recipe in options.recipe
+        for side in options.side
+        for layout in options.layout
+        if layout in LAYOUTS[side]
+        for precision in options.precision or best_precisions(side)
+        if precision in PRECISIONS[side]
+        for micro_batch in options.micro_batch or RECIPES[recipe].micro_batches[side]
+    ]
+
+
+def best_precisions(side: str) -> tuple[str, ...]:
+    """Those that learn and may be the fastest or the smallest on this processor."""
+    from fastppo.config import multiplies_bfloat16  # here: TRL's process is not to load fastppo
+
+    if not multiplies_bfloat16(use_cpu=True):
+        return ("float32",)
+    return ("float32", "autocast") if side == "trl" else ("bfloat16",)
+
+
+def in_process(run: Run) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    paths, variables = [str(ROOT)], {}
+    if run.side == "trl":
+        paths = [str(fetch_trl("1.12.0")), *paths]
+        variables = {"TRL_EXPERIMENTAL_SILENCE": "1"}
+        if run.precision == "autocast":
+            variables["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.iteration", "--run", json.dumps(asdict(run))],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", **variables},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{run} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+# One run, in a process of its own
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Train; what every counted iteration took, the peak memory, and the floor."""
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
+    if run.memory_limit is not None:
+        end_above(int(run.memory_limit * 1e9), f"{run}: --memory-limit")
     clock = RoomClock()
-    train_trl(clock, precision, 1 + iterations) if side == "trl" else train_fastppo(
-        clock, precision, 1 + iterations
-    )
-    counted = clock.iterations[1:]
-    rooms = {room: sum(it.get(room, 0.0) for it in counted) / len(counted) for room in ROOMS}
+    models = load(run)
+    prompts = models["train_dataset"]["input_ids"]
+    (train_trl if run.side == "trl" else train_fastppo)(clock, run, models)
+    peak = status("VmHWM")
+    if run.memory_limit is not None and peak > run.memory_limit * 1e9:  # in the end_above's last nap
+        raise SystemExit(f"{run}: took {peak / 1e9:.2f} GB, --memory-limit is {run.memory_limit:g} GB")
+    del models
+    gc.collect()
+
+    from bench import iteration_floor
+
+    counted = clock.iterations[run.warm_up :]
+    products = iteration_floor.measure(run.model, prompts, [x["lengths"] for x in counted])
+    floors = [
+        iteration_floor.floor(products, prompts, x["lengths"], shared=run.layout == "shared", epochs=EPOCHS)
+        for x in counted
+    ]
     return {
-        "side": side,
-        "precision": precision,
-        "seconds": sum(it["total"] for it in counted) / len(counted),
-        "rooms": rooms,
-        "seconds_each": [it["total"] for it in clock.iterations],
-        "peak_gb": peak_bytes() / 1e9,
+        **asdict(run),
+        "tokens": run.tokens,
+        "stops": RECIPES[run.recipe].stops,
+        "iterations": counted,
+        "warm_up": clock.iterations[: run.warm_up],
+        "floors": floors,
+        "products": asdict(products),
+        "peak_gb": peak / 1e9,
         "loaded_gb": clock.loaded_bytes / 1e9,
+        "machine": describe() | {"transformers": transformers.__version__},
     }
 
 
@@ -106,15 +262,16 @@ class RoomClock:
     """Seconds by room and iteration; a room is charged until the next one is entered."""
 
     def __init__(self) -> None:
-        self.iterations: list[dict[str, float]] = []
+        self.iterations: list[dict[str, Any]] = []
         self.loaded_bytes = 0
         self.room = ""
         self.entered = 0.0
         self.current: dict[str, float] = {}
+        self.responses: dict[str, Any] = {}
 
     def start(self) -> None:
         """The next thing is the first iteration."""
-        self.loaded_bytes = peak_bytes()
+        self.loaded_bytes = status("VmHWM")
         self.room, self.entered, self.current = "", time.perf_counter(), {}
 
     def enter(self, room: str) -> None:
@@ -124,62 +281,61 @@ class RoomClock:
             self.current[self.room] = self.current.get(self.room, 0.0) + now - self.entered
         self.room, self.entered = room, now
 
+    def note(self, lengths: list[int], truncated: int) -> None:
+        """Tokens of this iteration's responses, EOS included, and how many of them the length limit cut."""
+        self.responses = {"lengths": lengths, "truncated": truncated}
+
     def finish_iteration(self) -> None:
         """The last room is left; what follows is the next iteration."""
         self.enter("")
-        self.iterations.append({**self.current, "total": sum(self.current.values())})
+        self.iterations.append({**self.current, "total": sum(self.current.values()), **self.responses})
         self.current = {}
 
 
-def peak_bytes() -> int:
-    """Highest resident memory of this process so far; ru_maxrss would count a parent's before a fork."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
-
-
-def load(precision: str) -> dict[str, Any]:
+def load(run: Run) -> dict[str, Any]:
     """Policy, reference, critic, reward model, tokenizer, 16 tokenised prompts: the same for both sides."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from examples.warm_replies.openings import read_openings
-    from examples.warm_replies.policy import model_folder
 
-    folder = model_folder()
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    critic, reward = (
-        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
-        for _ in range(2)
-    )
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": opening}], add_generation_prompt=True, return_dict=False
+    dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(run.model, padding_side="left")
+
+    def classifier() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(run.model, num_labels=1, dtype=dtype)
+
+    def ids(opening: str) -> list[int]:
+        if tokenizer.chat_template is None:
+            return tokenizer(opening)["input_ids"]
+        chat: list[Any] = [{"role": "user", "content": opening}]
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+            chat, add_generation_prompt=True, return_dict=False
         )
-        for opening in read_openings()[:EPISODES]
-    ]
+
     return {
-        "model": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
-        "ref_model": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
-        "value_model": critic,
-        "reward_model": reward,
+        "model": AutoModelForCausalLM.from_pretrained(run.model, dtype=dtype),
+        "ref_model": AutoModelForCausalLM.from_pretrained(run.model, dtype=dtype),
+        "value_model": classifier() if run.layout == "separate" else None,
+        "reward_model": classifier(),
         "processing_class": tokenizer,
-        "train_dataset": Dataset.from_dict({"input_ids": prompts}),
+        "train_dataset": Dataset.from_dict({"input_ids": [ids(x) for x in read_openings()[:EPISODES]]}),
     }
 
 
-def settings(precision: str, iterations: int) -> dict[str, Any]:
+def settings(run: Run) -> dict[str, Any]:
+    """What both sides are told, under the same names."""
     return {
         "output_dir": str(ROOT / "runs" / "bench-iteration" / "scratch"),
         "learning_rate": LEARNING_RATE,
-        "per_device_train_batch_size": MICRO_BATCH,
-        "gradient_accumulation_steps": EPISODES // MICRO_BATCH,
-        "total_episodes": iterations * EPISODES,
+        "per_device_train_batch_size": run.micro_batch,
+        "gradient_accumulation_steps": EPISODES // run.micro_batch,
+        "total_episodes": (run.warm_up + run.iterations) * EPISODES,
         "num_ppo_epochs": EPOCHS,
         "num_mini_batches": 1,
-        "response_length": TOKENS,
-        "stop_token": None,
+        "response_length": run.tokens,
+        "stop_token": "eos" if RECIPES[run.recipe].stops else None,
         "temperature": 0.7,
         "num_sample_generations": 0,
         "gradient_checkpointing": False,
@@ -192,18 +348,20 @@ def settings(precision: str, iterations: int) -> dict[str, Any]:
     }
 
 
-def train_trl(clock: RoomClock, precision: str, iterations: int) -> None:
+def train_trl(clock: RoomClock, run: Run, models: dict[str, Any]) -> None:
     """TRL's trainer, timed from outside: generation, then scoring until the first forward with gradients."""
     import torch
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    config = PPOConfig(**settings(precision, iterations), bf16=precision == "autocast")
+    config = PPOConfig(**settings(run), bf16=run.precision == "autocast")
     forward, generation = ppo_trainer.forward, ppo_trainer.batch_generation
+    eos = models["processing_class"].eos_token_id if RECIPES[run.recipe].stops else None
 
-    def timed_generation(*args: Any, **kwargs: Any) -> Any:
+    def timed_generation(model: Any, queries: Any, *args: Any, **kwargs: Any) -> Any:
         clock.enter("rollout")
-        result = generation(*args, **kwargs)
+        result = generation(model, queries, *args, **kwargs)
         clock.enter("score")
+        clock.note(*lengths_to_eos(result[0][:, queries.shape[1] :].tolist(), eos))
         return result
 
     def timed_forward(*args: Any, **kwargs: Any) -> Any:
@@ -211,17 +369,31 @@ def train_trl(clock: RoomClock, precision: str, iterations: int) -> None:
             clock.enter("update")
         return forward(*args, **kwargs)
 
+    def check_autocast(*_: Any) -> None:
+        on = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        if torch.is_grad_enabled() and on != (run.precision == "autocast"):
+            raise RuntimeError(f"{run}: autocast to bfloat16 is {'on' if on else 'off'} in the update")
+
+    models["model"].register_forward_pre_hook(check_autocast)
     ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forward
-    trainer = PPOTrainer(args=config, callbacks=[step_callback(clock.finish_iteration)], **load(precision))
+    trainer = PPOTrainer(args=config, callbacks=[step_callback(clock.finish_iteration)], **models)
+    if (trainer.accelerator.mixed_precision == "bf16") != (run.precision == "autocast"):
+        raise RuntimeError(f"{run}: Accelerate's mixed precision is {trainer.accelerator.mixed_precision}")
     clock.start()
     trainer.train()
 
 
-def train_fastppo(clock: RoomClock, precision: str, iterations: int) -> None:
+def lengths_to_eos(responses: list[list[int]], eos: int | None) -> tuple[list[int], int]:
+    """Tokens of each response up to its first EOS, and how many have none."""
+    ends = [ids.index(eos) + 1 if eos in ids else 0 for ids in responses]
+    return [end or len(ids) for end, ids in zip(ends, responses, strict=True)], ends.count(0)
+
+
+def train_fastppo(clock: RoomClock, run: Run, models: dict[str, Any]) -> None:
     """Our trainer times its rooms itself and logs them."""
     from transformers import TrainerCallback
 
-    from fastppo import PPOConfig, PPOTrainer
+    from fastppo import PPOTrainer
 
     class Rooms(TrainerCallback):
         def on_log(
@@ -229,15 +401,28 @@ def train_fastppo(clock: RoomClock, precision: str, iterations: int) -> None:
         ) -> None:
             if logs and "time/rollout" in logs:
                 now = time.perf_counter()
-                clock.iterations.append(
-                    {room: logs[f"time/{room}"] for room in ROOMS} | {"total": now - clock.entered}
-                )
+                rooms = {room: logs[f"time/{room}"] for room in ROOMS}
+                clock.iterations.append({**rooms, "total": now - clock.entered, **clock.responses})
                 clock.entered = now
 
-    config = PPOConfig(**settings(precision, iterations), bf16=precision == "bfloat16", min_new_tokens=TOKENS)
-    trainer = PPOTrainer(args=config, callbacks=[Rooms()], **load(precision))
+    trainer = PPOTrainer(args=fastppo_config(run), callbacks=[Rooms()], **models)
+    rollout = trainer._rollout
+
+    def noted_rollout(batch: Any) -> Any:
+        episodes = rollout(batch)
+        clock.note(episodes.response_lengths.tolist(), int(episodes.truncated.sum()))
+        return episodes
+
+    trainer._rollout = noted_rollout  # type: ignore[method-assign]
     clock.start()
     trainer.train()
+
+
+def fastppo_config(run: Run) -> Any:
+    from fastppo import PPOConfig
+
+    least = 0 if RECIPES[run.recipe].stops else run.tokens
+    return PPOConfig(**settings(run), bf16=run.precision == "bfloat16", min_new_tokens=least)
 
 
 def step_callback(at_step_end: Callable[[], None]) -> Any:
@@ -248,92 +433,6 @@ def step_callback(at_step_end: Callable[[], None]) -> Any:
             at_step_end()
 
     return StepEnd()
-
-
-# The comparison
-
-
-def run_in_process(side: str, precision: str, iterations: int) -> dict[str, Any]:
-    path = os.pathsep.join([str(TRL_FOLDER)] * (side == "trl") + [str(ROOT)])
-    command = [sys.executable, "-m", "bench.iteration", "--side", side, "--precision", precision]
-    done = subprocess.run(
-        [*command, "--iterations", str(iterations)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{side} in {precision} failed:\n{done.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-def report(results: list[dict[str, Any]], folder: Path) -> None:
-    """Table on the terminal, iteration.json and iteration.png in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    import torch
-
-    print(f"\n{EPISODES} episodes of {TOKENS} tokens, {EPOCHS} epochs; four models of 135M")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {processor()}\n")
-    columns = ("rollout", "score", "update", "seconds", "episodes/s", "tokens/s", "peak GB")
-    print(f"{'':20}" + "".join(f"{column:>12}" for column in columns))
-    for r in results:
-        speed = EPISODES / r["seconds"]
-        cells = (*r["rooms"].values(), r["seconds"], speed, TOKENS * speed, r["peak_gb"])
-        print(f"{r['side']} {r['precision']}".ljust(20) + "".join(f"{cell:12.2f}" for cell in cells))
-    ratios = {}
-    peers = [r for r in results if r["side"] == "trl" and r["precision"] in LEARNS["trl"]]
-    ours = [r for r in results if r["side"] == "fastppo"]
-    if peers and ours:
-        own, fastest = min(ours, key=lambda r: r["seconds"]), min(r["seconds"] for r in peers)
-        ratios = {
-            "speedup": fastest / own["seconds"],
-            "memory": own["peak_gb"] / min(r["peak_gb"] for r in peers),
-        }
-        print(
-            f"\nfastppo ({own['precision']}): {ratios['speedup']:.2f} times as fast as TRL at its fastest, "
-            f"{100 * ratios['memory']:.0f} % of TRL's smallest peak memory"
-        )
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "processor": processor()}
-    (folder / "iteration.json").write_text(
-        json.dumps({"machine": machine, "results": results, "ratios": ratios}, indent=1)
-    )
-    draw(results, folder / "iteration.png")
-    print(f"\nwrote {folder / 'iteration.json'} and {folder / 'iteration.png'}")
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(9, 0.9 + 0.55 * len(results)), sharey=True)
-    names = [f"{r['side']} {r['precision']}" for r in results]
-    left = [0.0] * len(results)
-    for room, colour in zip(ROOMS, ("#2a78d6", "#1baf7a", "#eda100"), strict=True):
-        widths = [r["rooms"][room] for r in results]
-        time_axis.barh(names, widths, left=left, color=colour, label=room, height=0.6)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    time_axis.set_xlabel("seconds per iteration")
-    time_axis.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-    memory_axis.barh(names, [r["peak_gb"] for r in results], color="#898781", height=0.6)
-    memory_axis.set_xlabel("peak memory, GB")
-    time_axis.invert_yaxis()
-    for axis in (time_axis, memory_axis):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def processor() -> str:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
 if __name__ == "__main__":

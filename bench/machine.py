@@ -50,11 +50,20 @@ class Others:
         return max(0.0, min(1.0, (busy - own) / (wall * (os.cpu_count() or 1)))) if wall > 0.05 else 0.0
 
 
+def processor() -> str:
+    """Its name and how many cores it has."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
 def describe() -> dict[str, Any]:
     """Machine, versions and date, as they go into every JSON."""
     import torch
 
-    from bench.iteration import processor
     from fastppo.ops._library import library
 
     return {

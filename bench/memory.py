@@ -9,19 +9,42 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastppo.ops import PPOStats
-
 
 def status(field: str) -> int:
     """Bytes of a field of /proc/self/status, such as VmRSS or VmHWM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def reset_peak() -> None:
+    """VmHWM starts again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def end_above(limit: int, who: str) -> None:
+    """End this process, with a message that begins with `who`, soon after it has taken more than `limit` bytes."""
+
+    def watch() -> None:
+        while status("VmHWM") <= limit:
+            time.sleep(0.05)
+        print(
+            f"{who}: took {status('VmHWM') / 1e9:.2f} GB, the limit is {limit / 1e9:g} GB",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def settle() -> None:
@@ -33,7 +56,7 @@ def settle() -> None:
 def peak_of(function: Callable[[], Any]) -> tuple[Any, int]:
     """(result, bytes): the highest resident size during one call, less what was resident before it."""
     settle()
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     before = status("VmRSS")
     result = function()
     return result, max(0, status("VmHWM") - before)
@@ -56,6 +79,8 @@ def extra_memory(function: Callable[[], Any], *, count_kept: bool = True) -> tup
 
 def tensors(result: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists, dictionaries and `PPOStats`, in order."""
+    from fastppo.ops import PPOStats  # here: a peer's process, whose memory is asked for, is not to load it
+
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, PPOStats):

