@@ -1,8 +1,9 @@
 """Our rollout against Hugging Face `generate` and vLLM on the CPU: same model, prompts, sampling, dtype and threads.
 
     python -m bench.rollout [--vllm-python PATH] [--sides fastppo hf vllm] [--recipes equal equal-plain queue]
+        [--dtype bfloat16]
 
-Recipes, all of SmolLM2-135M-Instruct in bfloat16 on openings of chats:
+Recipes, all of SmolLM2-135M-Instruct on openings of chats, in bfloat16 where the processor multiplies it (--dtype):
   equal        16 prompts, 64 tokens each, top_p = 0.9
   equal-plain  the same without truncation
   queue        64 prompts, 16 at a time, real ends, at most 96 tokens, top_p = 0.9. `generate` has no queue: it takes
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES[:2], help="run one side alone, in this process")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as PPOConfig chooses")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds, after one that warms up")
     parser.add_argument(
         "--vllm-python",
@@ -66,8 +68,11 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "runs" / "bench-rollout", help="folder for JSON and PNG"
     )
     options = parser.parse_args()
+    from fastppo.config import multiplies_bfloat16
+
+    dtype = options.dtype or ("bfloat16" if multiplies_bfloat16(use_cpu=True) else "float32")
     if options.side:
-        print(json.dumps(run_side(options.side, RECIPES[options.recipes[0]], options.rounds)))
+        print(json.dumps(run_side(options.side, RECIPES[options.recipes[0]], options.rounds, dtype)))
         return
     sides = list(options.sides)
     if "vllm" in sides and not options.vllm_python:
@@ -86,7 +91,9 @@ def main() -> None:
         for side in sides:
             print(f"{recipe}: {side} …", flush=True)
             run = run_vllm if side == "vllm" else run_in_process
-            results.setdefault(recipe, {})[side] = run(side, recipe, options.rounds, options.vllm_python)
+            results.setdefault(recipe, {})[side] = run(
+                side, recipe, options.rounds, dtype, options.vllm_python
+            )
             report(results, options.output)
     print_table(results)
     print(f"\nwrote {path} and {path.with_suffix('.png')}")
@@ -116,7 +123,7 @@ def rounds_of_prompts(recipe: Recipe, rounds: int) -> list[list[list[int]]]:
 # One side, in a process of its own
 
 
-def run_side(side: str, recipe: Recipe, rounds: int) -> dict[str, Any]:
+def run_side(side: str, recipe: Recipe, rounds: int, dtype: str) -> dict[str, Any]:
     """Seconds and tokens of each counted round."""
     import torch
     import transformers
@@ -126,7 +133,7 @@ def run_side(side: str, recipe: Recipe, rounds: int) -> dict[str, Any]:
 
     transformers.utils.logging.set_verbosity_error()
     folder = model_folder()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     generate = (with_fastppo if side == "fastppo" else with_hf)(model, tokenizer, recipe)
     seconds, tokens = [], []
@@ -140,6 +147,7 @@ def run_side(side: str, recipe: Recipe, rounds: int) -> dict[str, Any]:
         "tokens": tokens[1:],
         "version": f"transformers {transformers.__version__}" if side == "hf" else "",
         "threads": torch.get_num_threads(),
+        "dtype": dtype,
     }
 
 
@@ -196,12 +204,12 @@ def with_hf(model: Any, tokenizer: Any, recipe: Recipe) -> Generate:
 # The comparison
 
 
-def run_in_process(side: str, recipe: str, rounds: int, _: str | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.rollout", "--side", side, "--recipes", recipe]
+def run_in_process(side: str, recipe: str, rounds: int, dtype: str, _: str | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.rollout", "--side", side, "--recipes", recipe, "--dtype", dtype]
     return run([*command, "--rounds", str(rounds)], f"{side} on {recipe}")
 
 
-def run_vllm(side: str, recipe: str, rounds: int, python: str | None) -> dict[str, Any]:
+def run_vllm(side: str, recipe: str, rounds: int, dtype: str, python: str | None) -> dict[str, Any]:
     from examples.warm_replies.policy import model_folder
 
     assert python
@@ -212,6 +220,7 @@ def run_vllm(side: str, recipe: str, rounds: int, python: str | None) -> dict[st
         "max_new_tokens": chosen.max_new_tokens,
         "ignore_eos": chosen.ignore_eos,
         "threads": len(os.sched_getaffinity(0)),
+        "dtype": dtype,
         "rounds": rounds_of_prompts(chosen, rounds),
     }
     command = [python, str(Path(__file__).with_name("rollout_vllm.py")), str(model_folder())]

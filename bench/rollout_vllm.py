@@ -3,7 +3,7 @@
     python rollout_vllm.py MODEL_FOLDER < rounds.json
 
 Standard input: {"slots": n, "top_p": p, "max_new_tokens": n, "ignore_eos": bool, "threads": n,
-"rounds": [[ids, …], …]}.
+"dtype": name, "rounds": [[ids, …], …]}.
 The first round warms up. The last line of standard output: {"seconds": […], "tokens": […], "version": …}.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     longest = max(len(ids) for prompts in request["rounds"] for ids in prompts)
     model = vllm.LLM(
         model=sys.argv[1],
-        dtype="bfloat16",
+        dtype=request["dtype"],
         max_model_len=longest + request["max_new_tokens"],
         max_num_seqs=request["slots"],
         seed=0,
@@ -51,7 +51,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         tokens.append(sum(len(output.outputs[0].token_ids) for output in outputs))
     result = {"seconds": seconds[1:], "tokens": tokens[1:], "version": vllm.__version__}
-    print(json.dumps(result | {"threads": torch.get_num_threads()}))
+    print(json.dumps(result | {"threads": torch.get_num_threads(), "dtype": request["dtype"]}))
 
 
 if __name__ == "__main__":
