@@ -225,8 +225,8 @@ class PPOConfig(TrainingArguments):
             self.bf16 = multiplied and not self.fp16
         elif self.bf16 and not multiplied:
             warnings.warn(
-                "PPOConfig: bf16=True on a device that has no instructions for bfloat16 products: they are emulated, and "
-                "an update takes many times as long as with bf16=False, the default here",
+                "PPOConfig: bf16=True on a device that has no instructions for bfloat16 products: they are emulated, "
+                "and an update takes many times as long as with bf16=False, the default here",
                 stacklevel=3,
             )
         # transformers 5.2x renamed the setting and warns about the name that scripts use.
