@@ -16,7 +16,7 @@ ARGS   ?=
 TESTS  ?= tests
 WORKERS ?= $(shell nproc)
 
-EXTRAS := test dev demo bench peft
+EXTRAS := test dev demo bench peft 8bit
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check

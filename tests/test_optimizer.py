@@ -186,7 +186,6 @@ def test_torchs_and_transformers_own_train_and_resume(tmp_path: Path, optim: str
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
 def test_bitsandbytes_trains_and_resumes(tmp_path: Path, optim: str) -> None:
-    pytest.importorskip("bitsandbytes", reason="pip install 'fastppo[8bit]'")
     run = _trained_and_resumed(tmp_path, optim=optim)
     # Weights of 4096 elements and more: the six of the MLPs, and the head. Embeddings and small ones stay in 32 bits.
     states = [s for s in run.optimizer.state.values() if s["state1"].dtype is torch.uint8]
@@ -194,7 +193,6 @@ def test_bitsandbytes_trains_and_resumes(tmp_path: Path, optim: str) -> None:
 
 
 def test_torchao_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchao", reason="pip install 'fastppo[8bit]'")
     # It compiles its step for each shape: minutes, and nothing that is ours.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     run = _trained_and_resumed(
