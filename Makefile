@@ -53,7 +53,7 @@ export REQUIREMENTS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-sets sanitize bench bench-scaling bench-iteration bench-rollout gpu gpu-here format lint clean
+.PHONY: help setup build demo test test-sets sanitize bench bench-scaling bench-iteration bench-learning bench-rollout gpu gpu-here format lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ bench-scaling: $(BUILD_STAMP)  ## time of each op against tokens, vocabulary and
 
 bench-iteration: $(BUILD_STAMP)  ## a whole PPO iteration against TRL 1.12: time by room, memory, floor; ARGS=--scaling ...
 	@$(BIN)/python -m bench.iteration $(ARGS)
+
+bench-learning: $(BUILD_STAMP)  ## reward against episodes, KL and time over seeds, against TRL 1.12; ARGS="--model smollm2"
+	@$(BIN)/python -m bench.learning $(ARGS)
 
 bench-rollout: $(BUILD_STAMP)  ## our rollout against Hugging Face generate, and vLLM where FASTPPO_VLLM_PYTHON has it
 	@$(BIN)/python -m bench.rollout $(ARGS)
