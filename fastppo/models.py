@@ -303,20 +303,6 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def tie_gradients(policy: nn.Module) -> None:
-    """Where the LM head is the embedding, let only the head's gradient be a whole [V, H].
-
-    Autograd adds the embedding's to it, and without this makes a second [V, H] for it, of zeros but for the rows of a
-    few hundred tokens: at a vocabulary of 262144 as much memory as a quarter of Gemma 3 270M, filled and added up in
-    every micro-batch. A sparse one holds just those rows. The head's comes first, as a backward goes from the top down,
-    so the sum and what the optimizer sees are dense.
-    """
-    embedding = unwrap_peft(policy).get_input_embeddings()
-    weight = lm_head(policy).weight
-    if isinstance(embedding, nn.Embedding) and embedding.weight is weight and weight.requires_grad:
-        embedding.sparse = True
-
-
 def check_can_be_saved(model: nn.Module) -> None:
     """Raise a ValueError, before hours of training, for a model that transformers will refuse to save."""
     quantizer = getattr(model, "hf_quantizer", None)

@@ -178,7 +178,6 @@ class PPOTrainer(Trainer):
             )
         use_cache = getattr(models.text_config(model), "use_cache", True)
         models.check_head(model.eval())
-        models.tie_gradients(model)
         actor_critic = models.ActorCritic(model, value_model)
 
         super().__init__(

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo import models
 from fastppo.batch import MicroBatch, Rollout, groups_by_length, micro_batches
@@ -252,45 +251,6 @@ def test_recomputed_activations_give_the_same_gradients(kind: str, padding_free:
     for name, expected in gradients[0].items():
         assert expected is not None and expected.any(), name
         assert torch.equal(gradients[1][name], expected), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tied_gradients_are_one_whole_matrix(dtype: torch.dtype) -> None:
-    gradients, made = [], []
-    for tied in (False, True):
-        policy = tiny.policy("llama-tied").to(dtype)
-        if tied:
-            models.tie_gradients(policy)
-        whole = 0
-
-        class Whole(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                nonlocal whole
-                out = func(*args, **(kwargs or {}))
-                fresh = (
-                    isinstance(out, torch.Tensor) and out.layout is torch.strided and "add_" not in str(func)
-                )
-                whole += fresh and tuple(out.shape) == (tiny.VOCABULARY, 32) and "backward" in str(func)
-                return out
-
-        for batch in micro_batches(episodes(), range(len(LENGTHS)), pad_token_id=0, max_rows=2):
-            logprobs, _ = models.token_logprobs(policy, batch, 0.7)
-            with Whole():
-                logprobs.square().sum().backward()
-        made.append(whole)
-        gradients.append(policy.model.embed_tokens.weight.grad)
-    assert gradients[1].layout is torch.strided
-    torch.testing.assert_close(
-        gradients[1], gradients[0], atol=1e-5 if dtype is torch.float32 else 0.02, rtol=0.02
-    )
-    assert made[0] > 0 and made[1] == 0  # of the embedding's: the head's is one of three that its op returns
-
-
-def test_only_a_tied_embedding_has_a_sparse_gradient() -> None:
-    for architecture, sparse in (("llama", False), ("llama-tied", True), ("gemma3", True)):
-        policy = tiny.policy(architecture)
-        models.tie_gradients(policy)
-        assert policy.get_input_embeddings().sparse == sparse, architecture
 
 
 def test_micro_batch_is_right_padded() -> None:
