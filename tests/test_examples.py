@@ -62,7 +62,7 @@ def test_trl_script_trains_saves_and_shows_completions(tmp_path):
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Completions after 2 updates" in done.stdout

@@ -13,6 +13,7 @@ from bench import gemma3
 from examples.warm_replies import policy as smollm2
 from fastppo import PPOConfig, PPOTrainer, models
 from fastppo.batch import micro_batches
+from fastppo.config import multiplies_bfloat16
 from fastppo.rollout import Sampling, rollout
 
 PROMPTS = ["The capital of France is", "Once upon a time, there was a little", "2 + 2 ="]
@@ -21,7 +22,9 @@ PROMPTS = ["The capital of France is", "Once upon a time, there was a little", "
 @pytest.fixture(scope="module", params=["smollm2", "gemma3"])
 def pretrained(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerBase]:
     folder = {"smollm2": smollm2.model_folder, "gemma3": gemma3.model_folder}[request.param]()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    # Where bfloat16 products are emulated, an update of these takes a quarter of an hour.
+    dtype = torch.bfloat16 if multiplies_bfloat16(use_cpu=True) else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -42,9 +45,7 @@ def test_greedy_rollout_and_logprobs_are_the_models_own(
         torch.testing.assert_close(logprobs, expected, atol=0.15, rtol=0.02)
 
 
-def test_one_update_trains_in_bfloat16(
-    pretrained: tuple[Any, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_one_update_trains(pretrained: tuple[Any, PreTrainedTokenizerBase], tmp_path: Path) -> None:
     policy, tokenizer = pretrained
     args = PPOConfig(
         output_dir=str(tmp_path),

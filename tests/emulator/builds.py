@@ -51,5 +51,5 @@ def run(executable: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "TSAN_OPTIONS": "halt_on_error=1",
     }
     return subprocess.run(
-        [str(executable), *arguments], capture_output=True, text=True, timeout=120, env=environment
+        [str(executable), *arguments], capture_output=True, text=True, timeout=900, env=environment
     )
