@@ -67,9 +67,9 @@ class Recipe:
 
 
 RECIPES = {
-    "short": Recipe(smollm2_folder, 32, False, {"trl": (4, 16), "fastppo": (4,)}),
-    "long": Recipe(smollm2_folder, 256, True, {"trl": (4, 16), "fastppo": (4,)}),
-    "wide": Recipe(gemma3_folder, 32, False, {"trl": (4, 16), "fastppo": (4,)}),
+    "short": Recipe(smollm2_folder, 32, False, {"trl": (4, 16), "fastppo": (4, 16)}),
+    "long": Recipe(smollm2_folder, 256, True, {"trl": (4, 16), "fastppo": (4, 16)}),
+    "wide": Recipe(gemma3_folder, 32, False, {"trl": (4, 16), "fastppo": (4, 16)}),
 }
 
 
@@ -132,7 +132,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--micro-batch",
         nargs="+",
         type=int,
-        help="episodes; default: the best of each side (4 and 16 of TRL)",
+        help="episodes; default: 4 and 16, of which the faster and the smaller count",
     )
     parser.add_argument("--model", help="another model folder than the recipe's")
     parser.add_argument("--warm-up", type=int, default=1, help="iterations that do not count")

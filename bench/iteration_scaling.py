@@ -101,6 +101,7 @@ def measure(size: Size) -> Point:
     ):  # fmt: skip
         setattr(trainer, method, watched(room, getattr(trainer, method)))
     trainer.add_callback(Watch())
+    trainer.remove_callback(transformers.PrinterCallback)  # the table is what one wants to see
     trainer.train()
     median = {room: statistics.median(x[room] for x in seconds[WARM_UP:]) for room in ROOMS}
     peak = {room: statistics.median(x[room] for x in peaks[WARM_UP:]) for room in ROOMS}

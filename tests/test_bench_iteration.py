@@ -48,6 +48,7 @@ def test_by_default_short_with_every_choice_that_may_be_best(monkeypatch):
         ("short", "trl", "separate", "autocast", 4),
         ("short", "trl", "separate", "autocast", 16),
         ("short", "fastppo", "separate", "bfloat16", 4),
+        ("short", "fastppo", "separate", "bfloat16", 16),
     ]
 
 
@@ -244,6 +245,8 @@ def test_both_layouts_in_one_json_and_one_png(folder, tmp_path, here, capsys):
         "1",
         "--model",
         folder,
+        "--micro-batch",
+        "4",
     ]
     common += ["--output", str(tmp_path)]
     iteration.main([*common, "--layout", "separate"])
