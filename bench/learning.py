@@ -386,6 +386,18 @@ def verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
     )
 
 
+def reward_by_kl(runs: Sequence[dict[str, Any]], width: float = 0.5) -> dict[float, tuple[float, float]]:
+    """Mean reward of the iterations whose KL is in [k, k + width), and its standard error, by k.
+
+    A side that learns faster is further from where it started: at equal KL the two can be compared.
+    """
+    bins: dict[int, list[float]] = {}
+    for run in runs:
+        for it in run["iterations"]:
+            bins.setdefault(math.floor(it["kl"] / width), []).append(it["reward"])
+    return {k * width: mean_and_error(rewards) for k, rewards in sorted(bins.items()) if len(rewards) > 1}
+
+
 def report(runs: list[dict[str, Any]], folder: Path, clock: str) -> None:
     """Table on the terminal, learning.json and learning.png in `folder`."""
     tasks, sides = (list(dict.fromkeys(run[key] for run in runs)) for key in ("task", "side"))
@@ -412,6 +424,11 @@ def report(runs: list[dict[str, Any]], folder: Path, clock: str) -> None:
                         ours, theirs = ([f[name] for f in numbers[task, s]] for s in (side, peer))
                         if name.startswith("reward"):
                             print(f"  {side} against {peer}, {name}: {verdict(ours, theirs)}")
+        print("\n  reward at a KL of")
+        for side in sides:
+            at = reward_by_kl([run for run in runs if (run["task"], run["side"]) == (task, side)])
+            cells = "".join(f"  {k:.1f}+: {mean:.3f} ± {error:.3f}" for k, (mean, error) in at.items())
+            print(f"  {side:18}{cells}")
         print()
     (folder / "learning.json").write_text(
         json.dumps({"table": table, "machine": runs[0]["machine"]}, indent=1)

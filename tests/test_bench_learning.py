@@ -45,6 +45,12 @@ def test_below_is_by_more_than_the_error_of_the_difference(ours: list[float], sa
     assert f": {said}" in learning.verdict(ours, [0.55, 0.6, 0.65])
 
 
+def test_rewards_are_compared_at_equal_kl() -> None:
+    found = learning.reward_by_kl([run("warm", "trl", 0, 0.4), run("warm", "trl", 1, 0.6)])
+    assert list(found) == [0.5, 1.0, 1.5, 2.0]
+    assert found[1.0] == pytest.approx((0.25, 0.05))
+
+
 def test_one_seed_gives_no_verdict() -> None:
     assert "no error known" in learning.verdict([0.1], [0.9])
 
