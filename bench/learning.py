@@ -449,14 +449,17 @@ def draw(runs: list[dict[str, Any]], tasks: list[str], sides: list[str], path: P
     for row, task in zip(axes, tasks, strict=True):
         for axis, (key, label) in zip(row, labels.items(), strict=True):
             for side in sides:
-                seeds = [run["iterations"] for run in runs if (run["task"], run["side"]) == (task, side)]
-                points = list(zip(*seeds, strict=True))  # iterations, each of all seeds
-                x = [sum(it[key] for it in point) / len(point) for point in points]
-                band = [mean_and_error([it["reward"] for it in point]) for point in points]
+                of_side = [run for run in runs if (run["task"], run["side"]) == (task, side)]
+                if key == "kl":  # iterations of like KL: in the order of time the KL goes to and fro
+                    at = reward_by_kl(of_side)
+                    x, band = [k + 0.25 for k in at], list(at.values())
+                else:
+                    points = list(zip(*(run["iterations"] for run in of_side), strict=True))
+                    x = [sum(it[key] for it in point) / len(point) for point in points]
+                    band = [mean_and_error([it["reward"] for it in point]) for point in points]
                 axis.plot(x, [m for m, _ in band], color=COLOURS[side], label=side, marker=".", ms=4)
-                if len(seeds) > 1:
-                    low, high = ([m + sign * e for m, e in band] for sign in (-1, 1))
-                    axis.fill_between(x, low, high, color=COLOURS[side], alpha=0.2, lw=0)
+                low, high = ([m + sign * e for m, e in band] for sign in (-1, 1))
+                axis.fill_between(x, low, high, color=COLOURS[side], alpha=0.2, lw=0)
             axis.set_xlabel(label)
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"reward, {task}")
