@@ -2,10 +2,12 @@
 Attention of one new token per row over a key-value cache that is written in place:
   n = lengths[b] + 1, cache[slots[b]] has the row's keys and values; the new ones go to place n - 1
   first = 0, or max(0, n - window): a sliding window counts the new token
-  out[b, h] = sum_j softmax_j(scale * query[b, h] . key_cache[slots[b], h / group, j]) value_cache[..., j], j =
-first..n-1 query, out: (B, Hq, D); key, value: (B, Hk, D); key_cache, value_cache: (S, Hk, C, D), any strides but that
-of D; slots, lengths: (B,) int64. group = Hq / Hk query heads share a pass over one head's keys and values. Sums are in
-float32. Rows know their slots, so a batch shrinks, grows and changes its order without moving what is cached.
+  p = softmax of scale * query[b, h] . key_cache[slots[b], h / group, j],  j = first..n-1
+  out[b, h] = sum_j p_j value_cache[slots[b], h / group, j]
+
+query, out: (B, Hq, D); key, value: (B, Hk, D); key_cache, value_cache: (S, Hk, C, D), any strides but that of D; slots,
+lengths: (B,) int64. group = Hq / Hk query heads share a pass over one head's keys and values. Sums are in float32. Rows
+know their slots, so a batch shrinks, grows and changes its order without moving what is cached.
 */
 #pragma once
 

@@ -1,14 +1,19 @@
 /*
 Causal attention over sequences packed one after the other, without padding:
   sequence s has queries [cu_seqlens_q[s], cu_seqlens_q[s+1]) and keys [cu_seqlens_k[s], cu_seqlens_k[s+1])
-  its last query stands at its last key: query i, i = 0..m-1 of m, sees keys j <= last(i) = i + n - m of n, and with a
-  window only those j > last(i) - window
-  out[i, h] = sum_j softmax_j(scale * query[i, h] . key[j, h / group]) value[j, h / group],  lse[h, i] = log sum_j
-e^(...) query, out: (Nq, Hq, D); key, value: (Nk, Hk, D), any strides but that of D; cu_seqlens_*: (S + 1,) int64; lse:
-(Hq, Nq) float32. group = Hq / Hk query heads share a key head. A sequence has at least as many keys as queries; where
-it has more, those before its queries are what other rows computed (a common beginning). Sums are in float32. Gradients,
-with p = softmax and delta[i, h] = sum_d grad[i, h] out[i, h]: ds = p * (grad . value - delta) * scale;  d query = ds
-key;  d key = ds^T query;  d value = p^T grad
+  query i of m, among n keys, stands at last(i) = i + n - m: the last query at the last key
+  it sees keys j <= last(i), and with a window only j > last(i) - window
+  lse[h, i] = log sum_j e^(scale * query[i, h] . key[j, h / group])
+  out[i, h] = sum_j p_j value[j, h / group],  p = softmax of those scores
+
+query, out: (Nq, Hq, D); key, value: (Nk, Hk, D), any strides; cu_seqlens_*: (S + 1,) int64; lse: (Hq, Nq) float32.
+group = Hq / Hk query heads share a key head. A sequence has at least as many keys as queries; where it has more, those
+before its queries are what other rows computed (a common beginning). Sums are in float32.
+
+Gradients:
+  delta[i, h] = sum_d grad[i, h] out[i, h]
+  ds = p * (grad . value - delta) * scale
+  d query = ds key,  d key = ds^T query,  d value = p^T grad
 */
 #pragma once
 

@@ -11,13 +11,6 @@ namespace {
 
 constexpr int64_t kDecodeGrain = 1 << 15; // multiplications a thread should have before a second one is worth waking
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// Rows of unit inner stride, whatever the strides of the other dimensions.
-Tensor with_unit_last_stride(const Tensor& x) {
-  return x.stride(2) == 1 || x.size(2) <= 1 ? x : torch::stable::contiguous(x);
-}
-
 const char* at(const Tensor& x, int64_t b, int64_t h, int64_t bytes) {
   return static_cast<const char*>(x.const_data_ptr()) + (b * x.stride(0) + h * x.stride(1)) * bytes;
 }

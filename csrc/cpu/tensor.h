@@ -39,6 +39,11 @@ inline Tensor with_unit_inner_stride(const Tensor& x) {
   return torch::stable::contiguous(x);
 }
 
+// The same for the heads of a tensor (N, heads, D), of which only D must be in one piece.
+inline Tensor with_unit_last_stride(const Tensor& x) {
+  return x.stride(2) == 1 || x.size(2) <= 1 ? x : torch::stable::contiguous(x);
+}
+
 inline int64_t row_stride(const Tensor& x) { return x.dim() == 2 ? x.stride(0) : shape_2d(x).columns; }
 
 inline DType dtype_of(const Tensor& x) {
@@ -51,6 +56,8 @@ inline DType dtype_of(const Tensor& x) {
       return DType::kFloat32;
   }
 }
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A tensor held for the length of a call (it may be a copy) and its rows.
 struct HeldRows : Rows {

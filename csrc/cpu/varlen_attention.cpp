@@ -19,13 +19,13 @@ struct HeldHeads {
   int64_t head;
 
   explicit HeldHeads(const Tensor& x)
-      : held(x.stride(2) == 1 || x.size(2) <= 1 ? x : torch::stable::contiguous(x)),
+      : held(with_unit_last_stride(x)),
         tokens{held.const_data_ptr(), held.stride(0), dtype_of(held)},
         head(held.stride(1)) {}
 
   Heads at(int64_t token, int64_t h) const {
-    const int64_t bytes = tokens.dtype == DType::kFloat32 ? 4 : 2;
-    const auto* data = static_cast<const char*>(tokens.data) + (token * tokens.stride + h * head) * bytes;
+    const int64_t place = (token * tokens.stride + h * head) * element_size(tokens.dtype);
+    const auto* data = static_cast<const char*>(tokens.data) + place;
     return {{data, tokens.stride, tokens.dtype}, head};
   }
 };
@@ -71,55 +71,67 @@ struct Sequences {
   int64_t work(int64_t s) const { return queries_of(s) * keys_of(s); }
 };
 
-// Runs f(sequence, key head, scratch) for all of them. Threads take the next one when they are done with theirs; each
-// writes places of its own, so who does what changes no bit.
-template <class Function>
-void for_each_head(const Sequences& sequences, int64_t heads, int64_t group, int64_t width, bool backward, Function f) {
-  int64_t longest = 0, work = 0;
-  for (const int64_t s : sequences.order) {
-    longest = std::max(longest, sequences.keys_of(s));
-    work += sequences.work(s);
-  }
-  const int64_t tasks = static_cast<int64_t>(sequences.order.size()) * heads;
-  const int64_t worth = work * heads * group * width / kVarlenGrain + 1;
-  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), tasks, worth});
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    std::vector<float> scratch(varlen_attention_scratch(group, width, longest, backward));
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-      f(sequences.order[task / heads], task % heads, scratch.data());
-    }
-  });
-}
+// What forward and backward both have, by sequence and key head.
+struct Attention {
+  HeldHeads query, key, value, out;
+  Tensor lse; // contiguous
+  Sequences sequences;
+  double scale;
+  std::optional<int64_t> window;
+  int64_t tokens = query.held.size(0), heads = key.held.size(1), width = query.held.size(2);
+  int64_t group = query.held.size(1) / heads;
 
-std::tuple<Tensor, Tensor> varlen_attention_cpu(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    double scale, std::optional<int64_t> window) {
-  check_varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, window);
-  const Sequences sequences(cu_seqlens_q, cu_seqlens_k, query, key);
-  const int64_t tokens = query.size(0), heads = key.size(1), width = query.size(2), group = query.size(1) / heads;
-  const Tensor out = empty_tensor(query.sizes(), query.scalar_type());
-  const Tensor lse = empty_float({query.size(1), tokens});
-  const HeldHeads q(query), k(key), v(value), o(out);
-  auto* head_forward = FASTPPO_PICK(varlen_attention_forward);
-  float* lse_data = float_data(lse);
-  for_each_head(sequences, heads, group, width, false, [&](int64_t s, int64_t h, float* scratch) {
+  VarlenAttentionArgs args(int64_t s, int64_t h) const {
     const int64_t first = sequences.queries[s], first_key = sequences.keys[s];
-    const VarlenAttentionArgs args{
-        q.at(first, h * group),
-        k.at(first_key, h),
-        v.at(first_key, h),
+    return {
+        query.at(first, h * group),
+        key.at(first_key, h),
+        value.at(first_key, h),
         sequences.queries_of(s),
         sequences.keys_of(s),
         group,
         width,
         window.value_or(sequences.keys_of(s)),
         static_cast<float>(scale),
-        lse_data + h * group * tokens + first,
+        float_data(lse) + h * group * tokens + first,
         tokens,
-        o.at(first, h * group)};
-    head_forward(args, scratch);
-  });
+        out.at(first, h * group)};
+  }
+
+  // Runs f(sequence, key head, scratch) for all of them. Threads take the next one when they are done with theirs; each
+  // writes places of its own, so who does what changes no bit.
+  template <class Function>
+  void for_each_head(bool backward, const Function& f) const {
+    int64_t longest = 0, work = 0;
+    for (const int64_t s : sequences.order) {
+      longest = std::max(longest, sequences.keys_of(s));
+      work += sequences.work(s);
+    }
+    const int64_t tasks = static_cast<int64_t>(sequences.order.size()) * heads;
+    const int64_t worth = work * heads * group * width / kVarlenGrain + 1;
+    const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), tasks, worth});
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      std::vector<float> scratch(varlen_attention_scratch(group, width, longest, backward));
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+        f(sequences.order[task / heads], task % heads, scratch.data());
+      }
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> varlen_attention_cpu(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    double scale, std::optional<int64_t> window) {
+  check_varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, window);
+  Sequences sequences(cu_seqlens_q, cu_seqlens_k, query, key);
+  const Tensor out = empty_tensor(query.sizes(), query.scalar_type());
+  const Tensor lse = empty_float({query.size(1), query.size(0)});
+  const Attention attention{
+      HeldHeads(query), HeldHeads(key), HeldHeads(value), HeldHeads(out), lse, std::move(sequences), scale, window};
+  auto* head_forward = FASTPPO_PICK(varlen_attention_forward);
+  attention.for_each_head(
+      false, [&](int64_t s, int64_t h, float* scratch) { head_forward(attention.args(s, h), scratch); });
   return {out, lse};
 }
 
@@ -129,33 +141,27 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward_cpu(
     std::optional<int64_t> window) {
   check_varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, window);
   check_varlen_attention_backward(grad, query, out, lse);
-  const Sequences sequences(cu_seqlens_q, cu_seqlens_k, query, key);
-  const int64_t tokens = query.size(0), heads = key.size(1), width = query.size(2), group = query.size(1) / heads;
+  const Attention attention{
+      HeldHeads(query),
+      HeldHeads(key),
+      HeldHeads(value),
+      HeldHeads(out),
+      torch::stable::contiguous(lse),
+      Sequences(cu_seqlens_q, cu_seqlens_k, query, key),
+      scale,
+      window};
   const Tensor grad_query = empty_tensor(query.sizes(), query.scalar_type());
   const Tensor grad_key = empty_tensor(key.sizes(), query.scalar_type());
   const Tensor grad_value = empty_tensor(key.sizes(), query.scalar_type());
-  const Tensor held_lse = torch::stable::contiguous(lse);
-  const HeldHeads g(grad), q(query), k(key), v(value), o(out), gq(grad_query), gk(grad_key), gv(grad_value);
+  const HeldHeads g(grad), gq(grad_query), gk(grad_key), gv(grad_value);
   auto* head_backward = FASTPPO_PICK(varlen_attention_backward);
-  for_each_head(sequences, heads, group, width, true, [&](int64_t s, int64_t h, float* scratch) {
-    const int64_t first = sequences.queries[s], first_key = sequences.keys[s];
-    const VarlenAttentionArgs args{
-        q.at(first, h * group),
-        k.at(first_key, h),
-        v.at(first_key, h),
-        sequences.queries_of(s),
-        sequences.keys_of(s),
-        group,
-        width,
-        window.value_or(sequences.keys_of(s)),
-        static_cast<float>(scale),
-        float_data(held_lse) + h * group * tokens + first,
-        tokens,
-        o.at(first, h * group),
-        g.at(first, h * group),
-        gq.at(first, h * group),
-        gk.at(first_key, h),
-        gv.at(first_key, h)};
+  attention.for_each_head(true, [&](int64_t s, int64_t h, float* scratch) {
+    const int64_t first = attention.sequences.queries[s], first_key = attention.sequences.keys[s];
+    VarlenAttentionArgs args = attention.args(s, h);
+    args.grad = g.at(first, h * attention.group);
+    args.grad_query = gq.at(first, h * attention.group);
+    args.grad_key = gk.at(first_key, h);
+    args.grad_value = gv.at(first_key, h);
     head_backward(args, scratch);
   });
   return {grad_query, grad_key, grad_value};
