@@ -2,7 +2,7 @@
 # download and compiler), later calls only do what changed. Nothing is written outside this folder.
 #
 #   make demo ARGS="--seed 1"        options for the demo
-#   make test TESTS=tests/ops        a part of the suite
+#   make test TESTS=tests/ops        a part of the suite; WORKERS=1 in one process
 #   make bench ARGS="logprobs gae"   some concepts of the benchmark
 #   make bench-iteration ARGS="--recipe long --side fastppo --layout shared --add"   one run of it; --help has all
 #   make build FASTPPO_CUDA=1        demand the CUDA kernels (default: built when the toolkit is found)
@@ -61,7 +61,7 @@ help:  ## this list
 
 setup build: $(BUILD_STAMP)  ## create .venv, install what is needed, compile the kernels
 
-demo: $(BUILD_STAMP)  ## PPO on a real model in about 6 minutes: before/after table, curves, report.html
+demo: $(BUILD_STAMP)  ## PPO on a real model (6 minutes with AVX-512): before/after table, curves, report.html
 	@$(BIN)/python -m examples.warm_replies $(ARGS)
 
 # One process per processor, each with one thread: tiny models leave a second thread nothing to do.

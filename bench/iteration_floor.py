@@ -12,7 +12,7 @@ high. It follows the algorithm as written: merging the scoring of policy and cri
 The products are timed in bfloat16 (float32 where the processor does not multiply it) at the model's own shapes, with as
 many rows as one epoch has (at most 1024), through all layers one after the other, so that weights come from where they
 come from in an iteration. A step of the rollout is timed for several numbers of rows, in bfloat16 on weights as oneDNN
-lays them out.
+lays them out, as in the rollout.
 """
 
 from __future__ import annotations
