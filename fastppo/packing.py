@@ -54,8 +54,7 @@ class Packing:
 
 def pack(sequences: Sequence[Sequence[int]]) -> Packing:
     """Pack sequences of token ids, in any order."""
-    order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]))
-    shared = _shared(sequences, order)
+    order, shared = _in_order(sequences)
     places: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(sequences)
     ids: list[int] = []
     positions: list[Tensor] = []
@@ -85,9 +84,8 @@ def groups_to_pack(sequences: Sequence[Sequence[int]], max_tokens: int | None = 
 
     Groups are as few as can be, and then as equal as can be: a small last one would not fill the processor.
     """
-    order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]))
+    order, shared = _in_order(sequences)
     lengths = [len(sequences[i]) for i in order]
-    shared = _shared(sequences, order)
 
     def cut(limit: int) -> list[list[int]]:
         groups: list[list[int]] = []
@@ -113,8 +111,11 @@ def groups_to_pack(sequences: Sequence[Sequence[int]], max_tokens: int | None = 
     return cut(most)
 
 
-def _shared(sequences: Sequence[Sequence[int]], order: Sequence[int]) -> list[int]:
-    """How many tokens each sequence shares with the one before it in the order; 0 where that is not worth it."""
+def _in_order(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Sequence numbers in the order of their ids, and how many tokens each shares with the one before it; 0 where that
+    is not worth it.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]))
     shared = [0] * len(order)
     for k in range(1, len(order)):
         a, b = sequences[order[k - 1]], sequences[order[k]]
@@ -122,4 +123,4 @@ def _shared(sequences: Sequence[Sequence[int]], order: Sequence[int]) -> list[in
         while common < min(len(a), len(b)) and a[common] == b[common]:
             common += 1
         shared[k] = common if common >= _LEAST_SHARED else 0
-    return shared
+    return order, shared
