@@ -1,7 +1,7 @@
 """One PPO iteration, fastppo against the PPO trainer of TRL 1.12.0: time by room, peak memory, share of the floor.
 
-Both sides train the same model on the same 16 prompts with the same reward model (a classifier on the same trunk, the
-only kind of reward TRL's PPO takes), 4 epochs of one optimizer step. Recipes:
+Both sides train the same model on the same prompts (16, or --episodes) with the same reward model (a classifier on the
+same trunk, the only kind of reward TRL's PPO takes), 4 epochs of one optimizer step. Recipes:
   short  SmolLM2-135M, 32 tokens in every response: nothing stops early, so both do the same number of tokens
   long   SmolLM2-135M, at most 256 tokens and real ends. TRL generates and trains every response to the length of the
          longest; tokens count up to the first EOS on both sides. Lengths are drawn: compare tokens/s, too
@@ -18,8 +18,8 @@ Where none is asked for, each side gets those that learn and may be its best: fl
 fastppo; float32 of both on a processor that does not multiply bfloat16. The comparison is with the fastest
 and with the smallest run of TRL that learns, over all its micro-batch sizes.
 
-Each run has a process of its own, so that peak memory (VmHWM, all since its start) is its own. The floor is measured
-there too, after the training: see bench/iteration_floor.py.
+Each run has a process of its own, so that peak memory is its own: VmHWM, all since its start, or on --device cuda what
+torch's allocator handed out. The floor is measured there too, after the training: see bench/iteration_floor.py.
 
     python -m bench.iteration --recipe short --side fastppo --layout shared
     python -m bench.iteration --recipe short --side trl --precision autocast --micro-batch 16 --add
@@ -86,6 +86,8 @@ class Run:
     warm_up: int = 1
     iterations: int = 2
     memory_limit: float | None = None  # GB
+    device: str = "cpu"
+    episodes: int = EPISODES
 
     @property
     def tokens(self) -> int:
@@ -149,12 +151,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="instead: time and memory of our iteration along these axes, and fitted exponents",
     )
     parser.add_argument("--run", help=argparse.SUPPRESS)  # a Run as JSON, to be measured in this process
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--episodes", type=int, default=EPISODES, help="in an iteration, each on its own prompt"
+    )
     options = parser.parse_args(arguments)
+    if options.scaling and options.device != "cpu":
+        parser.error("--scaling measures resident memory, so only --device cpu")
+    if options.episodes < 1:
+        parser.error(f"--episodes must be at least 1, got {options.episodes}")
     if options.warm_up < 0 or options.iterations < 1:
         parser.error("--warm-up must be at least 0 and --iterations at least 1")
     for size in options.micro_batch or ():
-        if size < 1 or EPISODES % size:
-            parser.error(f"--micro-batch must divide {EPISODES}, got {size}")
+        if size < 1 or options.episodes % size:
+            parser.error(f"--micro-batch must divide {options.episodes} (--episodes), got {size}")
     if not (options.run or options.scaling or plan(options)):
         parser.error("no side has such a layout and precision")
     return options
@@ -173,22 +183,24 @@ def plan(options: argparse.Namespace) -> list[Run]:
             options.warm_up,
             options.iterations,
             options.memory_limit,
+            options.device,
+            options.episodes,
         )
         for recipe in options.recipe
         for side in options.side
         for layout in options.layout
         if layout in LAYOUTS[side]
-        for precision in options.precision or best_precisions(side)
+        for precision in options.precision or best_precisions(side, options.device)
         if precision in PRECISIONS[side]
         for micro_batch in options.micro_batch or RECIPES[recipe].micro_batches[side]
     ]
 
 
-def best_precisions(side: str) -> tuple[str, ...]:
+def best_precisions(side: str, device: str = "cpu") -> tuple[str, ...]:
     """Those that learn and may be the fastest or the smallest on this processor."""
     from fastppo.config import multiplies_bfloat16  # here: TRL's process is not to load fastppo
 
-    if not multiplies_bfloat16(use_cpu=True):
+    if not multiplies_bfloat16(use_cpu=device == "cpu"):
         return ("float32",)
     return ("float32", "autocast") if side == "trl" else ("bfloat16",)
 
@@ -224,13 +236,13 @@ def measure(run: Run) -> dict[str, Any]:
 
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
-    if run.memory_limit is not None:
+    if run.memory_limit is not None and run.device == "cpu":
         end_above(int(run.memory_limit * 1e9), f"{run}: --memory-limit")
-    clock = RoomClock()
+    clock = RoomClock(run.device)
     models = load(run)
     prompts = models["train_dataset"]["input_ids"]
     (train_trl if run.side == "trl" else train_fastppo)(clock, run, models)
-    peak = status("VmHWM")
+    peak = peak_bytes(run.device)
     if run.memory_limit is not None and peak > run.memory_limit * 1e9:  # in the end_above's last nap
         raise SystemExit(f"{run}: took {peak / 1e9:.2f} GB, --memory-limit is {run.memory_limit:g} GB")
     del models
@@ -239,7 +251,7 @@ def measure(run: Run) -> dict[str, Any]:
     from bench import iteration_floor
 
     counted = clock.iterations[run.warm_up :]
-    products = iteration_floor.measure(run.model, prompts, [x["lengths"] for x in counted])
+    products = iteration_floor.measure(run.model, prompts, [x["lengths"] for x in counted], run.device)
     floors = [
         iteration_floor.floor(products, prompts, x["lengths"], shared=run.layout == "shared", epochs=EPOCHS)
         for x in counted
@@ -254,14 +266,22 @@ def measure(run: Run) -> dict[str, Any]:
         "products": asdict(products),
         "peak_gb": peak / 1e9,
         "loaded_gb": clock.loaded_bytes / 1e9,
-        "machine": describe() | {"transformers": transformers.__version__},
+        "machine": describe(run.device) | {"transformers": transformers.__version__},
     }
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory since the start of this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
 
 
 class RoomClock:
     """Seconds by room and iteration; a room is charged until the next one is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.iterations: list[dict[str, Any]] = []
         self.loaded_bytes = 0
         self.room = ""
@@ -271,11 +291,15 @@ class RoomClock:
 
     def start(self) -> None:
         """The next thing is the first iteration."""
-        self.loaded_bytes = status("VmHWM")
+        self.loaded_bytes = peak_bytes(self.device)
         self.room, self.entered, self.current = "", time.perf_counter(), {}
 
     def enter(self, room: str) -> None:
         """From now on time belongs to `room`."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
         now = time.perf_counter()
         if self.room:
             self.current[self.room] = self.current.get(self.room, 0.0) + now - self.entered
@@ -320,7 +344,7 @@ def load(run: Run) -> dict[str, Any]:
         "value_model": classifier() if run.layout == "separate" else None,
         "reward_model": classifier(),
         "processing_class": tokenizer,
-        "train_dataset": Dataset.from_dict({"input_ids": [ids(x) for x in read_openings()[:EPISODES]]}),
+        "train_dataset": Dataset.from_dict({"input_ids": [ids(x) for x in read_openings()[: run.episodes]]}),
     }
 
 
@@ -330,8 +354,8 @@ def settings(run: Run) -> dict[str, Any]:
         "output_dir": str(ROOT / "runs" / "bench-iteration" / "scratch"),
         "learning_rate": LEARNING_RATE,
         "per_device_train_batch_size": run.micro_batch,
-        "gradient_accumulation_steps": EPISODES // run.micro_batch,
-        "total_episodes": (run.warm_up + run.iterations) * EPISODES,
+        "gradient_accumulation_steps": run.episodes // run.micro_batch,
+        "total_episodes": (run.warm_up + run.iterations) * run.episodes,
         "num_ppo_epochs": EPOCHS,
         "num_mini_batches": 1,
         "response_length": run.tokens,
@@ -340,7 +364,7 @@ def settings(run: Run) -> dict[str, Any]:
         "num_sample_generations": 0,
         "gradient_checkpointing": False,
         "fp16": False,
-        "use_cpu": True,
+        "use_cpu": run.device == "cpu",
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
@@ -370,7 +394,7 @@ def train_trl(clock: RoomClock, run: Run, models: dict[str, Any]) -> None:
         return forward(*args, **kwargs)
 
     def check_autocast(*_: Any) -> None:
-        on = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        on = torch.is_autocast_enabled(run.device) and torch.get_autocast_dtype(run.device) is torch.bfloat16
         if torch.is_grad_enabled() and on != (run.precision == "autocast"):
             raise RuntimeError(f"{run}: autocast to bfloat16 is {'on' if on else 'off'} in the update")
 

@@ -60,14 +60,14 @@ def processor() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
-def describe() -> dict[str, Any]:
+def describe(device: str = "cpu") -> dict[str, Any]:
     """Machine, versions and date, as they go into every JSON."""
     import torch
 
     from fastppo.ops._library import library
 
     return {
-        "processor": processor(),
+        "processor": processor() if device == "cpu" else torch.cuda.get_device_name(device),
         "instruction_set": library.cpu_capability(),
         "threads": torch.get_num_threads(),
         "l2_bytes": cache_bytes(2),

@@ -75,7 +75,7 @@ def test_what_a_side_does_not_have_is_left_out():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--micro-batch", "3"], "--micro-batch must divide 16, got 3"),
+        (["--micro-batch", "3"], "--micro-batch must divide 16 (--episodes), got 3"),
         (["--iterations", "0"], "--iterations at least 1"),
         (["--side", "trl", "--layout", "shared"], "no side has such a layout and precision"),
         (["--recipe", "tall"], "invalid choice: 'tall'"),
