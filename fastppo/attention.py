@@ -123,6 +123,12 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, win
 def _on_gpu(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {"enable_gqa": True}
+    if (
+        "enable_gqa" not in inspect.signature(varlen_attn).parameters
+    ):  # before torch 2.12: a key head per query head
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = {}
     out = varlen_attn(
         q.contiguous(),
         k.contiguous(),
@@ -133,7 +139,7 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, win
         packing.longest_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),  # causal: nothing to the right
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out
@@ -186,8 +192,8 @@ def _what_its_device_rules_out(trunk: nn.Module) -> str | None:
     except ImportError:
         return f"torch {torch.__version__} has no varlen_attn"
     known = inspect.signature(varlen_attn).parameters
-    if not {"window_size", "enable_gqa", "scale"} <= set(known):
-        return f"torch {torch.__version__} has no varlen_attn with windows and grouped heads"
+    if not {"window_size", "scale"} <= set(known):
+        return f"torch {torch.__version__} has no varlen_attn with windows"
     return None
 
 

@@ -30,6 +30,12 @@ SEQUENCES = [
 ]
 
 
+DEVICES = [
+    ("cpu", torch.float32),
+    *([("cuda", torch.bfloat16)] if torch.cuda.is_available() else []),  # FlashAttention has no float32
+]
+
+
 def test_by_hand() -> None:
     packing = pack([[5, 6], [*BEGINNING, 1], BEGINNING, [*BEGINNING, 2, 3]])
     # Sorted: [5, 6], the beginning, its continuation by 1, its continuation by 2, 3.
@@ -76,7 +82,7 @@ def test_groups_are_few_and_equal() -> None:
     assert groups_to_pack([]) == []
 
 
-def episodes() -> Rollout:
+def episodes(device: torch.device | str = "cpu") -> Rollout:
     """One response per sequence: what follows its first two tokens; not every token counts."""
     lengths = torch.tensor([len(s) - 1 for s in SEQUENCES])
     width = int(lengths.max())
@@ -87,26 +93,28 @@ def episodes() -> Rollout:
     mask[2, 3] = mask[0, 0] = False
     zeros = torch.zeros(mask.shape)
     truncated = torch.zeros(len(SEQUENCES), dtype=torch.bool)
-    return Rollout([s[:1] for s in SEQUENCES], ids, mask, lengths, truncated, zeros, zeros, zeros)
+    tensors = (x.to(device) for x in (ids, mask, lengths, truncated, zeros, zeros, zeros))
+    return Rollout([s[:1] for s in SEQUENCES], *tensors)
 
 
 def spread(pieces: list[MicroBatch], results: list[torch.Tensor], size: int) -> torch.Tensor:
     whole = torch.full((size,), torch.nan)
     for piece, x in zip(pieces, results, strict=True):
-        whole[piece.tokens] = x
+        whole[piece.tokens.cpu()] = x.cpu()
     return whole
 
 
 def token_logprobs(policy: Any, **cut: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probs of all tokens and the gradients of a sum over them, each with a weight of its own."""
-    rollout = episodes()
+    device = next(policy.parameters()).device
+    rollout = episodes(device)
     weights = torch.randn(rollout.response_ids.numel(), generator=torch.Generator().manual_seed(0))
     pieces = list(micro_batches(rollout, range(len(rollout)), pad_token_id=0, **cut))
     policy.zero_grad()
     found = []
     for piece in pieces:
         logprobs, entropy = models.token_logprobs(policy, piece, 0.7)
-        ((logprobs + 0.3 * entropy) * weights[piece.tokens]).sum().backward()
+        ((logprobs + 0.3 * entropy) * weights.to(device)[piece.tokens]).sum().backward()
         found.append(logprobs.detach())
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     return spread(pieces, found, rollout.response_ids.numel()), gradients
@@ -123,6 +131,19 @@ def test_packed_is_padded_forward_and_backward(architecture: str, max_tokens: in
     assert gradients.keys() == expected_gradients.keys()
     for name, x in expected_gradients.items():
         torch.testing.assert_close(gradients[name], x, atol=2e-5 * float(x.abs().max()), rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_packed_is_padded_on_every_device(architecture: str, device: str, dtype: torch.dtype) -> None:
+    policy = tiny.policy(architecture).to(device, dtype)
+    assert attention.why_not_packed(models.causal_trunk(policy)) is None
+    expected, expected_gradients = token_logprobs(policy)
+    got, gradients = token_logprobs(policy, padding_free=True)
+    tolerance = 2e-5 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+    for name, x in expected_gradients.items():
+        assert (gradients[name] - x).norm() <= tolerance * x.norm() + 1e-7, name
 
 
 def test_a_critic_and_a_reward_of_their_own_are_packed_too() -> None:
