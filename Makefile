@@ -1,5 +1,6 @@
 # Every target does its own set-up: the first call creates .venv, installs and builds (about 4 minutes on two cores, most of it
-# download and compiler), later calls only do what changed. Nothing is written outside this folder.
+# download and compiler), later calls only do what changed. Nothing is written outside this folder, but for Chromium, which
+# `make test` installs with apt-get where there is no browser.
 #
 #   make demo ARGS="--seed 1"        options for the demo
 #   make test TESTS=tests/ops        a part of the suite; WORKERS=1 in one process
@@ -33,6 +34,7 @@ TORCH_STAMP    := $(VENV)/stamp-$(subst ==,-,$(TORCH))
 PACKAGES_STAMP := $(VENV)/stamp-packages
 BUILD_STAMP    := $(VENV)/stamp-build
 8BIT_STAMP     := $(VENV)/stamp-8bit
+BROWSER_STAMP  := $(VENV)/stamp-browser
 PEERS          := trl==1.16.0 liger-kernel==0.8.5
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 CLANG_SOURCES  := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -65,7 +67,7 @@ demo: $(BUILD_STAMP)  ## PPO on a real model (6 minutes with AVX-512): before/af
 	@$(BIN)/python -m examples.warm_replies $(ARGS)
 
 # One process per processor, each with one thread: tiny models leave a second thread nothing to do.
-test: $(BUILD_STAMP) $(8BIT_STAMP)  ## the whole test suite
+test: $(BUILD_STAMP) $(8BIT_STAMP) $(BROWSER_STAMP)  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
 
 # avx512 is what `make test` runs where the processor has it.
@@ -151,6 +153,17 @@ $(PACKAGES_STAMP): pyproject.toml $(TORCH_STAMP)
 $(8BIT_STAMP): $(PACKAGES_STAMP)
 	@$(BIN)/python -c "$$REQUIREMENTS" 8bit > $(VENV)/requirements-8bit.txt
 	$(UV) --requirement $(VENV)/requirements-8bit.txt || $(PIP) --requirement $(VENV)/requirements-8bit.txt
+	@touch $@
+
+# For the tests of the feedback page. Root installs it, or whoever may use sudo without a password.
+$(BROWSER_STAMP): | $(BIN)/python
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { \
+	  echo "set-up: installing Chromium"; \
+	  [ "$$(id -u)" = 0 ] || as="sudo -n"; \
+	  $$as apt-get update -qq && \
+	    $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null || { \
+	    echo "The suite drives a web page and needs chromium (or google-chrome), which apt-get could not install: install" \
+	      "it, and run this again" >&2; exit 1; }; }
 	@touch $@
 
 $(BUILD_STAMP): $(PACKAGES_STAMP) $(NATIVE_SOURCES)
