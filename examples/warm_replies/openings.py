@@ -8,24 +8,16 @@ machine and with every seed.
 from __future__ import annotations
 
 import hashlib
-import re
 
 from examples.warm_replies import need
-
-MIN_WORDS, MAX_WORDS = 4, 15
+from fastppo.cli import human_feedback
+from fastppo.cli.human_feedback import bare_words
 
 
 def read_openings() -> list[str]:
-    """Distinct openings of 4 to 15 words, in the order of the data set: 2,397 of them."""
-    chats = need("chitchat_dataset", "chitchat-dataset").Dataset().values()
-    openings = (" ".join(message["text"] for message in chat["messages"][0]) for chat in chats)
-    tidy = (" ".join(opening.split()) for opening in openings)
-    return list(dict.fromkeys(text for text in tidy if MIN_WORDS <= len(text.split()) <= MAX_WORDS))
-
-
-def bare_words(text: str) -> str:
-    """The message without case and punctuation: what makes two openings the same for the split."""
-    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+    """Distinct openings of 4 to 15 words, in the order of the data set: 2,398 of them."""
+    need("chitchat_dataset", "chitchat-dataset")
+    return human_feedback.read_openings()
 
 
 def split(openings: list[str], held_out: int) -> tuple[list[str], list[str]]:
