@@ -2,6 +2,7 @@
 
     python -m bench.gpu               all of it; writes docs/gpu-<device>.md
     python -m bench.gpu --only gae    some ops, no tests; prints the table and writes nothing
+    python -m bench.gpu --skip compile    all but torch.compile, which takes most of the time
     python -m bench.gpu --check       says whether there is a GPU
     python -m bench.gpu --exercise    every op once on small tensors: what runs under compute-sanitizer
 
@@ -182,6 +183,7 @@ def measure(
     clock: Clock,
     tiny: bool = False,
     capture: Callable[[Call], tuple[Call, Any]] | None = capture,
+    skip: Iterable[str] = (),
 ) -> Row:
     """Time all forms of a case. A peer that is missing, fails or runs out of memory becomes a word in the table."""
     import torch
@@ -204,6 +206,8 @@ def measure(
         **case.peers,
     }
     for name, form in forms.items():
+        if name in skip:
+            continue
         arguments = case.arguments(source, tiny)
         try:
             function = form()
@@ -358,6 +362,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="OP", help="ops whose name begins so; prints, writes nothing"
     )
+    parser.add_argument(
+        "--skip", nargs="+", default=[], choices=("tests", "sanitizer", "compile"), help="what not to run"
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="for each variant of each case")
     options = parser.parse_args(arguments)
     if (why := no_gpu()) is not None:
@@ -390,15 +397,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     outcomes = {}
     if not options.only:
-        outcomes["op tests"] = run_tests()
+        outcomes["op tests"] = "not run" if "tests" in options.skip else run_tests()
         program = sanitizer()
-        outcomes |= {f"compute-sanitizer {tool}": run_sanitizer(tool, program) for tool in SANITIZERS}
+        for tool in SANITIZERS:
+            result = "not run" if "sanitizer" in options.skip else run_sanitizer(tool, program)
+            outcomes[f"compute-sanitizer {tool}"] = result
     clock = Clock("cuda", options.seconds)
     bandwidth = copy_bandwidth(clock)
     rows = []
     for case in listed:
         print(f"measuring {case.label} …", flush=True)
-        rows.append(measure(case, clock))
+        rows.append(measure(case, clock, skip=options.skip))
         torch.cuda.empty_cache()
     captured = sum(isinstance(row.others.get("graph"), float) for row in rows)
     outcomes["CUDA graphs"] = f"{captured} of {len(rows)} captured, every replay the same bits as a call"

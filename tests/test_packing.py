@@ -213,7 +213,8 @@ def test_a_run_is_the_same_without_padding(tmp_path: Path, separate: bool, setti
             num_generations=2,
             **settings,
         )
-        assert run.padding_free == (padding_free is None)
+        flash_attention_lacks_it = torch.cuda.is_available() and not settings  # float32 on CUDA
+        assert run.padding_free == (padding_free is None and not flash_attention_lacks_it)
         run.train()
         reports.append([x for x in run.state.log_history if "loss/policy_avg" in x])
     # bfloat16 rounds a product differently in another shape, and draws part once a probability did.

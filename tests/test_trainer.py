@@ -127,7 +127,7 @@ def test_separate_models_as_a_trl_script_passes_them(tmp_path: Path) -> None:
     again = load_actor_critic(tmp_path / "saved")
     assert again.value_model is not None
     for a, b in zip(again.parameters(), run.actor_critic.parameters(), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a.cpu(), b.cpu())
 
 
 def test_offloaded_models_visit_for_scoring_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_lora_trains_only_the_adapter_against_the_bare_model(tmp_path: Path) -> 
     assert abs(last(run)["objective/kl"]) > 1e-4
     for name, p in run.actor_critic.policy.get_base_model().named_parameters():
         if "lora" not in name:
-            assert torch.equal(p, frozen[name.replace(".base_layer", "")])
+            assert torch.equal(p.cpu(), frozen[name.replace(".base_layer", "")].cpu())
     run.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved/adapter_model.safetensors").exists()
 
@@ -287,9 +287,9 @@ def test_saved_policy_and_value_head_load(tmp_path: Path) -> None:
     run.save_model(str(tmp_path / "saved"))
     again = load_actor_critic(tmp_path / "saved")
     assert again.value_head is not None and run.actor_critic.value_head is not None
-    assert torch.equal(again.value_head.weight, run.actor_critic.value_head.weight)
+    assert torch.equal(again.value_head.weight, run.actor_critic.value_head.weight.cpu())
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert torch.equal(policy.lm_head.weight, run.actor_critic.policy.lm_head.weight)
+    assert torch.equal(policy.lm_head.weight, run.actor_critic.policy.lm_head.weight.cpu())
     assert policy.config.use_cache is True
 
 
@@ -460,7 +460,12 @@ def test_the_cuda_kernels_train_as_the_cpus_do(
     # Emulated, under the very same ops: the trainer never asks what its tensors lie on.
     def metrics(name: str) -> list[dict[str, Any]]:
         run = trainer(
-            tmp_path / name, bf16=bf16, total_episodes=16 * iterations, temperature=0.7, kl_coef=0.1
+            tmp_path / name,
+            use_cpu=True,
+            bf16=bf16,
+            total_episodes=16 * iterations,
+            temperature=0.7,
+            kl_coef=0.1,
         )
         run.train()
         return [entry for entry in run.state.log_history if "objective/scores" in entry]

@@ -13,6 +13,8 @@ All launches and shapes come from the sizes of the arguments: nothing waits for 
 #include "cuda/tensor.h"
 #include "products.h"
 
+#include <limits>
+
 namespace fastppo::cuda {
 namespace {
 
@@ -27,6 +29,12 @@ int64_t columns_per_tile(int64_t rows, ScalarType dtype, int64_t vocabulary) {
 }
 
 unsigned blocks_for(int64_t tasks) { return static_cast<unsigned>(std::clamp<int64_t>(tasks, 1, kMostBlocks)); }
+
+// cuBLAS counts the distance between two rows in an int.
+Tensor with_int_strides(const Tensor& x) {
+  const bool fits = x.stride(0) <= std::numeric_limits<int>::max() && x.stride(1) <= std::numeric_limits<int>::max();
+  return fits ? x : torch::stable::contiguous(x);
+}
 
 OptionalTensor contiguous_or_none(const OptionalTensor& x) {
   return x ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
@@ -46,9 +54,10 @@ Tensor empty_floats(const Tensor& like, int64_t count) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprobs_cuda(
-    const Tensor& hidden, const Tensor& weight, const Tensor& ids, const OptionalTensor& bias, double temperature,
-    std::optional<double> softcap, double logit_scale) {
-  check_linear_logprobs(hidden, weight, ids, bias, temperature, softcap, logit_scale);
+    const Tensor& given_hidden, const Tensor& given_weight, const Tensor& ids, const OptionalTensor& bias,
+    double temperature, std::optional<double> softcap, double logit_scale) {
+  check_linear_logprobs(given_hidden, given_weight, ids, bias, temperature, softcap, logit_scale);
+  const Tensor hidden = with_int_strides(given_hidden), weight = with_int_strides(given_weight);
   const Tensor logprobs = empty_float(hidden, ids.sizes()), entropy = empty_float(hidden, ids.sizes());
   const Tensor reference = empty_float(hidden, ids.sizes()), log_sum = empty_float(hidden, ids.sizes());
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0);
@@ -109,10 +118,11 @@ void accumulate(
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
-    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const Tensor& hidden, const Tensor& weight,
-    const Tensor& ids, const OptionalTensor& bias, const Tensor& entropy, const Tensor& reference,
-    const Tensor& log_sum, double temperature, std::optional<double> softcap, double logit_scale, bool needs_hidden,
-    bool needs_weight, bool needs_bias) {
+    const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy, const Tensor& hidden,
+    const Tensor& given_weight, const Tensor& ids, const OptionalTensor& bias, const Tensor& entropy,
+    const Tensor& reference, const Tensor& log_sum, double temperature, std::optional<double> softcap,
+    double logit_scale, bool needs_hidden, bool needs_weight, bool needs_bias) {
+  const Tensor weight = with_int_strides(given_weight);
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = weight.size(1);
   const Tensor dhidden = empty_if(needs_hidden, hidden), dweight = empty_if(needs_weight, weight);
   const Tensor dbias = new_empty(weight, {needs_bias ? vocabulary : 0});

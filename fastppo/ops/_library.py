@@ -53,35 +53,36 @@ def register_autograd(
     """
     op = getattr(torch.ops.fastppo, name).default
 
-    # The context is set up in forward: set up apart, autograd.Function binds a signature at every call, 50 µs.
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _without_gradient(op, args)
-        if setup_context is not None:
-            setup_context(ctx, args, output)
-        return output
+    def function(outputs_are_known: bool) -> Any:
+        # The context is set up in forward: set up apart, autograd.Function binds a signature at every call, 50 µs.
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = _without_gradient(op, args)
+            ctx.outputs_are_known = outputs_are_known
+            if setup_context is not None:
+                setup_context(ctx, args, output)
+            return output
 
-    function: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(name, (torch.autograd.Function,), members)
+
+    # Who calls the op itself gets all that it returns, our wrappers' callers what the wrappers hand on.
+    _functions[op], of_the_op = function(False), function(True)
 
     def with_gradient(*args: Any) -> Any:
-        return function.apply(*args) if _needs_gradient(args) else _without_gradient(op, args)
+        return of_the_op.apply(*args) if _needs_gradient(args) else _without_gradient(op, args)
 
-    _functions[op] = function
     _registrations.impl(name, with_gradient, "Autograd")
 
 
-def scaled(saved: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``saved * factor`` in a backward, for a contiguous `saved` that the forward made and nobody else knows.
+def scaled(ctx: Any, saved: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``saved * factor`` in a backward, for a contiguous `saved` that the forward made and no wrapper hands on.
 
     Where the graph is not kept nobody asks for it again: it is multiplied in place, which leaves it as it is where the
-    factor is 1, and given away. Else this is done to a copy. Tracers, whose tensors are of types of their own, get the
-    copy too: to them all that the op returns is known.
+    factor is 1, and given away. Else this is done to a copy, as it is for callers of the op itself and for tracers,
+    whose tensors are of types of their own: to them all that the op returns is known.
     """
     given_away = (
-        not torch.compiler.is_compiling()
+        not ctx.outputs_are_known
         and type(saved) is torch.Tensor
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )

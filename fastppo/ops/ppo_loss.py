@@ -138,7 +138,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if torch.is_grad_enabled():
         raise RuntimeError("ppo_loss is differentiable once: its gradient has no gradient of its own")
     (grads,) = ctx.saved_tensors
-    grads = scaled(grads, grad_loss)
+    grads = scaled(ctx, grads, grad_loss)
     for (place, dtype), grad in zip(ctx.places, grads.unbind(), strict=True):
         if ctx.needs_input_grad[place]:
             out[place] = grad if dtype == torch.float32 else grad.to(dtype)

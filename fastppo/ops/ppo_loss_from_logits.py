@@ -154,7 +154,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         )
     grad_logits, grad_new_values = ctx.saved_tensors
     if ctx.needs_input_grad[_LOGITS]:
-        out[_LOGITS] = scaled(grad_logits, grad_loss)
+        out[_LOGITS] = scaled(ctx, grad_logits, grad_loss)
     if ctx.needs_input_grad[_NEW_VALUES]:
         out[_NEW_VALUES] = (grad_loss * grad_new_values).to(ctx.values_dtype)
     return tuple(out)

@@ -17,7 +17,7 @@ SETTINGS = {
         "clip_range": 0.1,
         "clip_range_high": 0.3,
         "dual_clip": 1.5,
-        "value_clip_range": 0.5,
+        "value_clip_range": 0.3,  # no dyadic: clipped and unclipped losses must not be the same, where torch halves
         "vf_coef": 0.7,
         "entropy_coef": 0.01,
         "kl_coef": 0.2,
