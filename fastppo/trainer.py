@@ -8,6 +8,7 @@ names. It borrows arguments, Accelerate, optimizer and schedule, callbacks, repo
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -39,6 +40,8 @@ from .prompts import PromptOrder, Prompts, check_dataset, check_texts, is_chat, 
 from .rollout import Sampling, rollout
 from .score import ClassifierReward, Episodes, make_rewards, score, token_scores
 from .update import update
+
+logger = logging.getLogger(__name__)
 
 _EVAL_SEED = 1_000_003  # evaluation draws from a stream of its own, the same at every evaluation
 _PTX_SEED = 2_000_003  # and so does the order of the supervised texts
@@ -708,6 +711,8 @@ class PPOTrainer(Trainer):
         reason = models.why_not_padding_free(trunks)
         if self.args.padding_free and reason is not None:
             raise ValueError(f"padding_free=True does not go with these models: {reason}")
+        if reason is not None:
+            logger.warning("micro-batches are padded: %s", reason)
         return reason is None
 
     @contextmanager

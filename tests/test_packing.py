@@ -232,10 +232,13 @@ def gemma2() -> Any:
     return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, max_position_embeddings=64)).eval()
 
 
-def test_a_model_that_cannot_is_padded_or_refused(tmp_path: Path) -> None:
+def test_a_model_that_cannot_is_padded_with_a_word_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     reason = "Gemma2Model caps its attention scores"
     assert reason in (attention.why_not_packed(models.causal_trunk(gemma2())) or "")
     assert not trainer(tmp_path, model=gemma2()).padding_free
+    assert f"micro-batches are padded: {reason}" in caplog.text
     with pytest.raises(ValueError, match=f"padding_free=True does not go with these models: {reason}"):
         trainer(tmp_path, model=gemma2(), padding_free=True)
 
