@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import signal
 import socket
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # examples/ is not
 import chat_server
 import tiny
 
+from examples.feedback import rounds as rounds_module
 from examples.feedback import store as store_module
 from examples.feedback.__main__ import main
 from examples.feedback.endpoint import Endpoint, EndpointError
 from examples.feedback.pairs import export, preference_pairs
-from examples.feedback.store import DISLIKE, LIKE, VERSION, WITHDRAWN, Store
+from examples.feedback.rounds import RoundSettings, hold_out, play_round
+from examples.feedback.simulate import RATERS, simulate
+from examples.feedback.store import DISLIKE, LIKE, VERSION, WITHDRAWN, Store, canonical
 from examples.feedback.talk import talk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -467,3 +473,132 @@ def test_the_page_in_front_of_transformers_serve(browser, served, store):
     (entry,) = store.entries()
     assert entry.model == folder and entry.rating == LIKE and entry.answer
     assert entry.prompt == [{"role": "user", "content": "how are you today ?"}]
+
+
+# Rounds
+
+SAYINGS = """hello how are you what is new the a dog rain train day we go
+love great happy thanks bad hate sad ugly"""
+WORDS = SAYINGS.split()
+QUICK = RoundSettings(
+    reward_epochs=6,
+    reward_learning_rate=3e-3,
+    reward_batch_size=16,
+    learning_rate=2e-3,
+    updates=8,
+    batch_size=64,
+    response_length=8,
+    kl_coef=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def small_talker(tmp_path_factory) -> str:
+    """Folder of a random model of 27 words, some of which VADER finds warm and some cold."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<|pad|>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("small_talker")
+    tiny.policy("llama", vocab_size=len(special) + len(WORDS)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_two_rounds_raise_the_rating_of_a_simulated_rater(small_talker, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    draw = random.Random(0)
+    prompts = [[{"role": "user", "content": " ".join(draw.choices(WORDS, k=3))}] for _ in range(24)]
+    said = []
+    before, after_one, after_two = simulate(
+        small_talker, prompts, RATERS["warm"](), tmp_path / "rounds", settings=QUICK, report=said.append
+    )
+    assert after_one > before and after_two > before + 0.25, said
+
+    first, second = (
+        json.loads((tmp_path / "rounds" / f"round-{n}" / "round.json").read_text()) for n in (1, 2)
+    )
+    assert second["base"] == first["base"] == small_talker
+    assert first["policy_from"] == first["reward_from"] == small_talker
+    assert second["policy_from"] == str(tmp_path / "rounds" / "round-1" / "policy")
+    assert second["reward_from"] == str(tmp_path / "rounds" / "round-1" / "reward")
+    assert first["ppo"]["updates"] == second["ppo"]["updates"] == QUICK.updates
+    assert second["feedback"]["likes"] > first["feedback"]["likes"] > 0
+    assert second["reward"]["accuracy"] > 0.8
+    for number in (1, 2):
+        folder = tmp_path / "rounds" / f"round-{number}"
+        assert sorted(os.listdir(folder)) == ["pairs.jsonl", "policy", "reward", "round.json"]
+        AutoModelForCausalLM.from_pretrained(folder / "policy")
+        AutoTokenizer.from_pretrained(folder / "policy").apply_chat_template(HELLO)
+        assert AutoModelForSequenceClassification.from_pretrained(folder / "reward").num_labels == 1
+    assert not [name for name in os.listdir(tmp_path / "rounds") if name.endswith(".tmp")]
+
+    # The same feedback again would only be learnt by heart.
+    store = Store(tmp_path / "rounds" / "feedback.db")
+    with pytest.raises(ValueError, match=r"no new feedback in .* since round 2: its last entry is number"):
+        play_round(store, tmp_path / "rounds")
+    store.rate(HELLO, "love", LIKE, **ANA)
+    with pytest.raises(
+        ValueError, match=r"started from .*small_talker.*, got --model .*: use another folder"
+    ):
+        play_round(store, tmp_path / "rounds", str(tmp_path))
+    with pytest.raises(ValueError, match="holds rounds already"):
+        simulate(small_talker, prompts, RATERS["short"](), tmp_path / "rounds")
+
+
+def test_a_round_needs_a_model_and_pairs_and_leaves_nothing_behind_without(store, small_talker, tmp_path):
+    rounds = tmp_path / "rounds"
+    store.rate(HELLO, "love", LIKE, **ANA)
+    with pytest.raises(
+        ValueError, match="holds no round yet: name the folder of the chat model to start from"
+    ):
+        play_round(store, rounds)
+    with pytest.raises(
+        ValueError, match=r"there is no model in .*nowhere: expected a folder with config\.json"
+    ):
+        play_round(store, rounds, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no preference pair: 1 likes, 0 dislikes"):
+        play_round(store, rounds, small_talker)
+    assert os.listdir(rounds) == []
+
+
+def test_an_interrupted_round_leaves_no_half_of_itself(store, small_talker, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    store.rewrite(HELLO, "bad", "love", **ANA)
+    monkeypatch.setattr(rounds_module, "train_policy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        play_round(store, tmp_path / "rounds", small_talker, settings=replace(QUICK, reward_epochs=1))
+    assert os.listdir(tmp_path / "rounds") == []
+    assert rounds_module.last_round(tmp_path / "rounds") is None
+
+
+def test_pairs_are_held_out_by_prompt_and_stay_so():
+    pairs = [
+        pair([{"role": "user", "content": f"question {i // 2}"}], f"good {i}", "bad") for i in range(200)
+    ]
+    train, held_out = hold_out(pairs, 0.2)
+    assert len(train) + len(held_out) == 200 and 20 <= len(held_out) <= 60
+    assert not {canonical(p["prompt"]) for p in train} & {canonical(p["prompt"]) for p in held_out}
+    fewer_train, fewer_held_out = hold_out(pairs[:150], 0.2)
+    assert all(p in train for p in fewer_train) and all(p in held_out for p in fewer_held_out)
+    assert hold_out(pairs[:10], 0.2) == (pairs[:10], [])  # too few to say anything
+
+
+def test_prompts_come_from_a_file(tmp_path):
+    (tmp_path / "prompts").write_text("\n \n")
+    for file, expected in (
+        ("prompts", "holds no prompt: expected one a line"),
+        ("none", "there is no file of prompts"),
+    ):
+        arguments = ["--model", "m", "--output", str(tmp_path / "out"), "--prompts", str(tmp_path / file)]
+        with pytest.raises(SystemExit, match=expected):
+            main(["simulate", *arguments])
+    assert os.listdir(tmp_path) == ["prompts"]
