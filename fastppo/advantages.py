@@ -25,11 +25,15 @@ def rewards_and_advantages(
     lam: float,
     lam_critic: float | None = None,
     full_kl: Tensor | None = None,
+    turn_rewards: Tensor | None = None,
 ) -> RewardsAndAdvantages:
     """`ops.rewards_and_advantages`, with statistics of whitening taken over the batch of all ranks.
 
     On one process this is the op itself, in one launch. On several, the op runs without whitening and the moments
     are summed over ranks, so that N ranks give what one rank gives on the joined batch.
+
+    In dialogues, `turn_rewards` (B, T) float32 are added where they stand, each clipped to +-`reward_clip`, and what
+    follows from the rewards is computed from the sum.
 
     Beyond the op: `lam_critic` is the lambda of the returns, where it is not that of the advantages (VC-PPO, Yuan et
     al. 2025, arXiv:2503.01491: a critic that regresses on Monte Carlo returns, 1, is not biased by its own start).
@@ -46,22 +50,27 @@ def rewards_and_advantages(
         "gamma": gamma,
         "lam": lam,
     }
-    alone = not _distributed()
+    at_once = turn_rewards is None and not _distributed()
     rewards, kl, advantages, returns = ops.rewards_and_advantages(
         scores,
         logprobs,
         ref_logprobs,
         values,
         response_mask,
-        whiten_rewards=whiten_rewards and alone,
-        whiten_advantages=whiten_advantages and alone,
+        whiten_rewards=whiten_rewards and at_once,
+        whiten_advantages=whiten_advantages and at_once,
         **settings,  # type: ignore[arg-type]
     )
-    if whiten_rewards and not alone:
-        _, std = all_ranks_moments(rewards, response_mask)
-        rewards = rewards / std
+    if turn_rewards is not None:
+        if reward_clip is not None:
+            turn_rewards = turn_rewards.clamp(-reward_clip, reward_clip)
+        rewards = rewards + turn_rewards.masked_fill(~response_mask, 0.0)
+    if whiten_rewards and not at_once:
+        mean, std = all_ranks_moments(rewards, response_mask)
+        rewards = ((rewards - mean) / std + mean).masked_fill(~response_mask, 0.0)
+    if turn_rewards is not None or (whiten_rewards and not at_once):
         advantages, returns = ops.gae(rewards, values, response_mask, gamma=gamma, lam=lam)
-    if whiten_advantages and not alone:
+    if whiten_advantages and not at_once:
         mean, std = all_ranks_moments(advantages, response_mask)
         advantages = ((advantages - mean) / std).masked_fill(~response_mask, 0.0)
     if lam_critic is not None and lam_critic != lam:
@@ -88,6 +97,11 @@ def _distributed() -> bool:
     return distributed and torch.distributed.get_world_size() > 1
 
 
+def _sum_over_ranks(x: Tensor) -> None:
+    if _distributed():
+        torch.distributed.all_reduce(x)
+
+
 def all_ranks_moments(x: Tensor, mask: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation sqrt(variance + eps) of the counted elements of all ranks, as float32 scalars.
 
@@ -95,9 +109,9 @@ def all_ranks_moments(x: Tensor, mask: Tensor, eps: float = 1e-8) -> tuple[Tenso
     """
     counted = x.double().masked_fill(~mask, 0.0)
     totals = torch.stack([counted.sum(), mask.sum().double()])
-    torch.distributed.all_reduce(totals)
+    _sum_over_ranks(totals)
     count = totals[1].clamp_min(1)
     mean = totals[0] / count
     variance = (counted - mean).masked_fill(~mask, 0.0).square().sum()
-    torch.distributed.all_reduce(variance)
+    _sum_over_ranks(variance)
     return mean.float(), (variance / count + eps).sqrt().float()

@@ -82,7 +82,9 @@ class PPOConfig(TrainingArguments):
     num_sample_generations: int = _setting(
         10, "How often in a run a table of sample completions is made; 0: never."
     )
-    response_length: int = _setting(53, "Most tokens in a response, the stop token included.")
+    response_length: int = _setting(
+        53, "Most tokens in a response, the stop token included; with an environment, in one turn."
+    )
     stop_token: str | None = _setting(None, "'eos' or None; both stop at the tokenizer's and model's EOS.")
     stop_token_id: int | None = _setting(None, "Stop at this token instead of EOS.")
     temperature: float = _setting(0.7, "Divides the logits, in sampling and in every log-prob.")
@@ -128,12 +130,20 @@ class PPOConfig(TrainingArguments):
     repetition_penalty: float = _setting(1.0, "Above 1 discourages tokens already in the prompt or response.")
     min_new_tokens: int = _setting(0, "No stop token before this many response tokens.")
     stop_strings: list[str] | None = _setting(None, "Strings that end a response, besides the stop tokens.")
+    max_turns: int = _setting(8, "With an environment: most turns of the policy in a dialogue.")
+    max_length: int | None = _setting(
+        None,
+        "With an environment: most tokens of a dialogue, prompt included; it ends before a turn that might not fit. "
+        "Default: the model's context.",
+    )
     num_generations: int = _setting(1, "Responses per prompt; must divide the local batch size.")
     max_prompt_length: int | None = _setting(
         None, "Keep the last tokens of a longer prompt. Default: raise an error."
     )
     reward_weights: list[float] | None = _setting(None, "Weights of several rewards. Default: 1 each.")
-    reward_clip: float | None = _setting(None, "Clip scores to plus or minus this.")
+    reward_clip: float | None = _setting(
+        None, "Clip scores (of a dialogue: of each turn and of the end) to plus or minus this."
+    )
     reward_timeout: float | None = _setting(
         None, "Seconds a reward function may take for a batch. Default: no limit."
     )
@@ -256,11 +266,18 @@ class PPOConfig(TrainingArguments):
             "local_rollout_forward_batch_size",
             "response_length",
             "num_ppo_epochs",
+            "max_turns",
             "num_generations",
             "ref_model_sync_steps",
         ):
             require(is_count(getattr(self, name)), name, "an integer of at least 1")
-        for name in ("total_episodes", "max_prompt_length", "micro_batch_tokens", "ptx_batch_size"):
+        for name in (
+            "total_episodes",
+            "max_length",
+            "max_prompt_length",
+            "micro_batch_tokens",
+            "ptx_batch_size",
+        ):
             require(
                 getattr(self, name) is None or is_count(getattr(self, name)), name, "None or an integer >= 1"
             )

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 
 from .batch import Rollout
+from .environment import Dialogues
 from .objective import Objective
 from .ops import RewardsAndAdvantages
 
@@ -56,6 +57,9 @@ def episode_metrics(
         "completions/mean_length": rollout.response_lengths.float().mean().item(),
         "completions/clipped_ratio": rollout.truncated.float().mean().item(),
     }
+    if isinstance(rollout, Dialogues):
+        metrics["dialogues/turns"] = rollout.turns.float().mean().item()
+        metrics["dialogues/policy_tokens"] = mask.sum().item() / len(rollout)
     if importance_weights is not None:
         weights = importance_weights[mask] if mask.any() else torch.ones(1)
         name = "sampling/importance_sampling_ratio"

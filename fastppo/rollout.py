@@ -35,7 +35,7 @@ from .models import accepts, context_length, text_config
 from .prepack import prepacked
 
 # An episode's draws are numbered episode * 2^24 + position: longer responses than any context length.
-_DRAWS_PER_EPISODE = 1 << 24
+DRAWS_PER_EPISODE = 1 << 24
 # Where the host has to wait for the device, look for finished rows this often.
 _CHECK_EVERY = 16
 # Drop finished rows from a padded group once they are this share of it: dropping copies the cache.
@@ -77,6 +77,7 @@ def rollout(
     pad_token_id: int,
     seed: int,
     first_episode: int = 0,
+    first_draws: Sequence[int] | None = None,
     num_generations: int = 1,
     max_rows: int = 64,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -92,6 +93,8 @@ def rollout(
         pad_token_id: fills the places past a response's end. It may be a stop token: lengths are explicit.
         seed: of all draws; the draws of episode i depend on (seed, first_episode + i) and nothing else.
         first_episode: number of the first episode of this call within the run.
+        first_draws: number of each episode's first draw, where it is not the first of `first_episode + i`: a turn of
+            episode e that begins at position t of its response draws from `e * DRAWS_PER_EPISODE + t` on.
         num_generations: responses per prompt; episodes i*num_generations ... belong to prompt i.
         max_rows: most episodes in one forward pass (the number of slots), but never less than `num_generations`.
         tokenizer: needed for stop strings.
@@ -124,6 +127,9 @@ def rollout(
     draws = _Draws(*(torch.zeros(shape, dtype=f32, device=device) for _ in range(3)))
     lengths = torch.full((episodes,), sampling.max_new_tokens, dtype=torch.int64, device=device)
     stopped = torch.zeros(episodes, dtype=torch.bool, device=device)
+    if first_draws is None:
+        first_draws = [(first_episode + i) * DRAWS_PER_EPISODE for i in range(episodes)]
+    counters = torch.tensor(first_draws, dtype=torch.int64, device=device)
 
     out = (response_ids, draws, lengths, stopped)
     wanted = sampling.max_new_tokens >= _PREPACK_FROM if prepack is None else prepack
@@ -136,7 +142,7 @@ def rollout(
                 sampling,
                 num_generations=num_generations,
                 seed=seed,
-                first_episode=first_episode,
+                first_draws=counters,
                 max_rows=max_rows,
                 pad_token_id=pad_token_id,
                 stop_strings=stop_strings,
@@ -157,7 +163,7 @@ def rollout(
                     sampling,
                     num_generations=num_generations,
                     seed=seed,
-                    first_episode=first_episode,
+                    first_draws=counters,
                     pad_token_id=pad_token_id,
                     stop_strings=stop_strings,
                     logits_processor=logits_processor,
@@ -200,7 +206,7 @@ class _Slots:
         *,
         num_generations: int,
         seed: int,
-        first_episode: int,
+        first_draws: Tensor,
         max_rows: int,
         pad_token_id: int,
         stop_strings: StopStringCriteria | None,
@@ -208,7 +214,7 @@ class _Slots:
         out: tuple[Tensor, _Draws, Tensor, Tensor],
     ) -> None:
         self.policy, self.prompts, self.sampling = policy, prompts, sampling
-        self.generations, self.seed, self.first_episode = num_generations, seed, first_episode
+        self.generations, self.seed, self.first_draws = num_generations, seed, first_draws
         self.pad_token_id, self.stop_strings = pad_token_id, stop_strings
         self.response_ids, self.draws, self.response_lengths, self.stopped = out
         self.device = self.response_ids.device
@@ -356,7 +362,7 @@ class _Slots:
             **{self.cache_argument: self.cache},
         ).logits[:, -1]
         logits = self._processed(logits)
-        draw = _draw(logits, sampling, self.seed, self.first_episode + rows, steps)
+        draw = _draw(logits, sampling, self.seed, self.first_draws[rows] + steps)
         # On CUDA an id of -1, with a log-prob of NaN, says that a row's logits are no distribution. The host hears of
         # it when it next waits for the device; until then the model needs an id.
         self.ids = draw.token_ids.clamp_min(0)
@@ -409,7 +415,7 @@ class _Slots:
         full = any(row.step == limit for row in self.host)
         if not full and self.host[0].step % self.check_every:
             return
-        _check_drawn(self.draws.logprobs, self.episodes, self.first_episode)
+        _check_drawn(self.draws.logprobs, self.episodes, self.first_draws)
         stopped = self.done.tolist()
         kept = [i for i, row in enumerate(self.host) if not stopped[i] and row.step < limit]
         if len(kept) == len(self.host):
@@ -440,7 +446,7 @@ def _generate_group(
     *,
     num_generations: int,
     seed: int,
-    first_episode: int,
+    first_draws: Tensor,
     pad_token_id: int,
     stop_strings: StopStringCriteria | None,
     logits_processor: Sequence[LogitsProcessor],
@@ -506,7 +512,7 @@ def _generate_group(
         if processors:
             logits = processors(history, logits)  # type: ignore[arg-type]
         rows = episodes[active]
-        draw = _draw(logits, sampling, seed, first_episode + rows, t)
+        draw = _draw(logits, sampling, seed, first_draws[rows] + t)
         # On CUDA an id of -1, with a log-prob of NaN, says that a row's logits are no distribution. The host hears of
         # it when it next waits for the device; until then the model needs an id.
         ids = draw.token_ids.clamp_min(0)
@@ -528,7 +534,7 @@ def _generate_group(
         if t + 1 == sampling.max_new_tokens:
             break
         if (t + 1) % check_every == 0:
-            _check_drawn(draws.logprobs, rows, first_episode)
+            _check_drawn(draws.logprobs, rows, first_draws)
             left = int((~done).sum())
             if left == 0:
                 break
@@ -542,12 +548,10 @@ def _generate_group(
             attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
         logits = forward(ids[:, None], next_positions)
         next_positions = next_positions + 1
-    _check_drawn(draws.logprobs, episodes, first_episode)
+    _check_drawn(draws.logprobs, episodes, first_draws)
 
 
-def _draw(
-    logits: Tensor, sampling: Sampling, seed: int, episodes: Tensor, positions: Tensor | int
-) -> ops.Sample:
+def _draw(logits: Tensor, sampling: Sampling, seed: int, counters: Tensor) -> ops.Sample:
     """A token for each row, by the draw that belongs to its episode and response position."""
     return ops.sample(
         logits,
@@ -556,17 +560,18 @@ def _draw(
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         seed=seed,
-        counters=episodes * _DRAWS_PER_EPISODE + positions,
+        counters=counters,
     )
 
 
-def _check_drawn(logprobs: Tensor, rows: Tensor, first_episode: int) -> None:
+def _check_drawn(logprobs: Tensor, rows: Tensor, first_draws: Tensor) -> None:
     """Raise where `ops.sample` had no distribution to draw from and could not raise itself. Waits for the device."""
     bad = logprobs[rows].isnan()
     if bad.any():
         row, position = bad.nonzero().tolist()[0]
+        episode, position = divmod(int(first_draws[rows[row]]) + position, DRAWS_PER_EPISODE)
         raise ValueError(
-            f"sample: the logits of episode {first_episode + int(rows[row])} at response position {position} "
+            f"sample: the logits of episode {episode} at response position {position} "
             "hold NaN or +inf, or are -inf everywhere"
         )
 

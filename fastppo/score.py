@@ -280,7 +280,7 @@ class HttpReward:
         self.url = url
         self.timeout = timeout
 
-    def __call__(self, **columns: Any) -> Any:
+    def __call__(self, environments: Any = None, **columns: Any) -> Any:  # those stay here
         request = urllib.request.Request(
             self.url, data=json.dumps(columns).encode(), headers={"Content-Type": "application/json"}
         )
@@ -324,7 +324,7 @@ class _Called:
         if thread.is_alive():
             raise RuntimeError(
                 f"reward {self.name} gave no answer within reward_timeout = {self.timeout} s for {len(episodes)} "
-                f"episodes; the first prompt: {_excerpt(episodes.prompts[0])}"
+                f"episodes; the first prompt: {excerpt(episodes.prompts[0])}"
             )
         if "error" in outcome:
             raise RuntimeError(
@@ -355,7 +355,7 @@ def _numbers(name: str, values: Any, episodes: Episodes) -> list[float]:
     if values is None or isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
         raise ValueError(
             f"reward {name} must return a list of {len(episodes)} numbers, got {type(values).__name__}; "
-            f"the first prompt: {_excerpt(episodes.prompts[0])}"
+            f"the first prompt: {excerpt(episodes.prompts[0])}"
         )
     values = list(values)
     if len(values) != len(episodes):
@@ -376,10 +376,11 @@ def _numbers(name: str, values: Any, episodes: Episodes) -> list[float]:
 
 def _episode(episodes: Episodes, i: int) -> str:
     return (
-        f"episode {i}: prompt {_excerpt(episodes.prompts[i])}, completion {_excerpt(episodes.completions[i])}"
+        f"episode {i}: prompt {excerpt(episodes.prompts[i])}, completion {excerpt(episodes.completions[i])}"
     )
 
 
-def _excerpt(value: Any, most: int = 200) -> str:
+def excerpt(value: Any, most: int = 200) -> str:
+    """What an error message says of a value that may be long."""
     text = repr(value)
     return text if len(text) <= most else text[:most] + "…"

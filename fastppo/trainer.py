@@ -33,11 +33,12 @@ from .advantages import importance_weights, rewards_and_advantages
 from .batch import MicroBatch, Rollout, micro_batches
 from .config import PPOConfig
 from .controllers import EntropyCoefficient, KLCoefficient, ScoreScale, WeightAverage, check_mixable, mix_into
+from .environment import Dialogues, check_environment, converse, opened
 from .objective import Objective
 from .ops import RewardsAndAdvantages
 from .optimizer import WITH_MASTER, AdamW, check_optim
 from .prompts import PromptOrder, Prompts, check_dataset, check_texts, is_chat, read_prompts, read_texts
-from .rollout import Sampling, rollout
+from .rollout import DRAWS_PER_EPISODE, Sampling, rollout
 from .score import ClassifierReward, Episodes, make_rewards, score, token_scores
 from .update import update
 
@@ -76,6 +77,10 @@ class PPOTrainer(Trainer):
         value_peft_config: trains this adapter of `value_model` instead of its weights; its `task_type` is "SEQ_CLS".
             With `value_model=None`, a second adapter, "critic", on the base weights of a PEFT policy, and a value head:
             one base in memory is policy, reference and critic, which share no trainable weight.
+        environment_factory: makes an `environment.Environment`, which the policy talks with for up to `args.max_turns`
+            turns of at most `args.response_length` tokens (the name is that of TRL's GRPO). One is made for each
+            episode of a batch and reset for the next. What it gives for each turn is a reward of weight 1 beside
+            `reward_model`, which may be None then and gets the instances as the column `environments`.
 
     Raises:
         ValueError, TypeError: something does not fit; the message names it, what was expected and what came.
@@ -114,12 +119,14 @@ class PPOTrainer(Trainer):
         logits_processor: Sequence[LogitsProcessor] = (),
         ptx_dataset: Any = None,
         value_peft_config: Any = None,
+        environment_factory: Callable[[], Any] | None = None,
     ) -> None:
         if train_dataset is None:
             raise ValueError("train_dataset is required")
-        if reward_model is None:
+        if reward_model is None and environment_factory is None:
             raise ValueError(
-                "reward_model is required: a callable, a sequence classifier, a URL, or a list of these"
+                "reward_model is required: a callable, a sequence classifier, a URL, or a list of these; or an "
+                "environment_factory whose environments give rewards"
             )
         if ref_model is model:
             raise ValueError(
@@ -142,14 +149,22 @@ class PPOTrainer(Trainer):
             )
         self.tokenizer = _tokenizer(processing_class)
         args.set_batch_sizes(len(train_dataset))
-        self.rewards = make_rewards(
-            reward_model,
-            args.reward_weights,
-            reward_processing_classes,
-            timeout=args.reward_timeout,
-            max_rows=args.local_rollout_forward_batch_size,
-            padding_free=args.padding_free is not False,
+        self.rewards = (
+            make_rewards(
+                reward_model,
+                args.reward_weights,
+                reward_processing_classes,
+                timeout=args.reward_timeout,
+                max_rows=args.local_rollout_forward_batch_size,
+                padding_free=args.padding_free is not False,
+            )
+            if reward_model is not None
+            else []
         )
+        self.environment_factory = environment_factory
+        self.environments: list[Any] = []  # made so far, for as many dialogues at a time
+        if environment_factory is not None:
+            self._environments(1)
 
         # --- models
         models.check_can_be_saved(model)
@@ -217,6 +232,9 @@ class PPOTrainer(Trainer):
         self.padding_free = self._can_do_without_padding()
         self.ptx_dataset = ptx_dataset
         self.objective: Objective = args.objective()
+        if environment_factory is not None:
+            self.objective = replace(self.objective, response_length=args.response_length * args.max_turns)
+        self.max_length = _max_length(args, model)
         self.kl_coef = KLCoefficient(
             args.kl_coef, adaptive=args.adap_kl_ctrl, target=args.target, horizon=args.horizon
         )
@@ -334,20 +352,66 @@ class PPOTrainer(Trainer):
 
     def _rollout(self, batch: Prompts) -> Rollout:
         args = self.args
-        first = self.state.episode + args.process_index * args.local_batch_size
-        episodes = rollout(
-            self._policy(),
-            batch.ids,
+        episodes = self._generate(
+            batch,
             self.sampling,
-            pad_token_id=self.pad_token_id,
-            seed=args.seed,
-            first_episode=first,
-            num_generations=args.num_generations,
-            max_rows=args.local_rollout_forward_batch_size,
-            tokenizer=self.tokenizer,
-            logits_processor=self.logits_processor,
+            args.seed,
+            self._first_episode(),
+            args.num_generations,
+            self.logits_processor,
         )
         return episodes.without_truncated() if args.mask_truncated_completions else episodes
+
+    def _generate(
+        self,
+        batch: Prompts,
+        sampling: Sampling,
+        seed: int,
+        first_episode: int,
+        num_generations: int = 1,
+        logits_processor: Sequence[LogitsProcessor] = (),
+    ) -> Rollout:
+        """Responses to a batch of prompts, or dialogues that begin with them."""
+        settings: dict[str, Any] = {
+            "pad_token_id": self.pad_token_id,
+            "seed": seed,
+            "max_rows": self.args.local_rollout_forward_batch_size,
+            "tokenizer": self.tokenizer,
+            "logits_processor": logits_processor,
+        }
+        if self.environment_factory is None:
+            return rollout(
+                self._policy(),
+                batch.ids,
+                sampling,
+                first_episode=first_episode,
+                num_generations=num_generations,
+                **settings,
+            )
+
+        def turn(contexts: list[list[int]], numbers: list[int], positions: list[int]) -> Rollout:
+            # A token's draw is that of its place in the dialogue, whoever else still talks.
+            draws = [
+                (first_episode + number) * DRAWS_PER_EPISODE + position
+                for number, position in zip(numbers, positions, strict=True)
+            ]
+            return rollout(self._policy(), contexts, sampling, first_draws=draws, **settings)
+
+        return converse(
+            turn,
+            batch.ids,
+            batch.given,
+            batch.columns["environments"],
+            tokenizer=self.tokenizer,
+            pad_token_id=self.pad_token_id,
+            turn_length=sampling.max_new_tokens,
+            max_turns=self.args.max_turns,
+            max_length=self.max_length,
+        )
+
+    def _first_episode(self) -> int:
+        """Number of this rank's first episode in the next update."""
+        return self.state.episode + self.args.process_index * self.args.local_batch_size
 
     @torch.no_grad()
     def _evaluate_tokens(self, episodes: Rollout, old_logprobs: str = "recompute") -> _TokenScores:
@@ -405,10 +469,17 @@ class PPOTrainer(Trainer):
         )
 
     def _score(self, batch: Prompts, episodes: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        seen = self._episodes(batch, episodes)
-        scores, each = score(self.rewards, seen, self.args.device)
+        scores, each = self._scores(batch, episodes)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * episodes.truncated.float()
+        return scores, each
+
+    def _scores(self, batch: Prompts, episodes: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of whole responses, and each reward's share."""
+        scores, each = score(self.rewards, self._episodes(batch, episodes), self.args.device)
+        if isinstance(episodes, Dialogues):
+            each["environment"] = episodes.turn_rewards.sum(1)
+            scores = scores + each["environment"]
         return scores, each
 
     def _episodes(self, batch: Prompts, episodes: Rollout) -> Episodes:
@@ -417,9 +488,13 @@ class PPOTrainer(Trainer):
         prompts = [p for p in batch.given for _ in range(repeats)]
         completion_ids = episodes.completions()
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        if isinstance(episodes, Dialogues):
+            messages = episodes.messages
+        else:
+            messages = [[{"role": "assistant", "content": text}] for text in texts]
         completions: list[Any] = [
-            [{"role": "assistant", "content": text}] if is_chat(prompt) else text
-            for prompt, text in zip(prompts, texts, strict=True)
+            said if is_chat(prompt) else text
+            for prompt, said, text in zip(prompts, messages, texts, strict=True)
         ]
         columns = {
             name: [v for v in values for _ in range(repeats)] for name, values in batch.columns.items()
@@ -432,8 +507,12 @@ class PPOTrainer(Trainer):
         """Rewards, advantages and returns, and the importance weights that the advantages hold, if any."""
         args = self.args
         mask = episodes.response_mask
+        scores, turn_rewards = self.score_scale(scores, mask.any(1)), None
+        if isinstance(episodes, Dialogues):  # what is left of a dialogue's score stands at its end
+            turn_rewards = episodes.turn_rewards / self.score_scale.std
+            scores = scores - turn_rewards.sum(1)
         result = rewards_and_advantages(
-            self.score_scale(scores, mask.any(1)),
+            scores,
             tokens.logprobs,
             tokens.ref_logprobs,
             tokens.values,
@@ -447,6 +526,7 @@ class PPOTrainer(Trainer):
             lam=args.lam,
             lam_critic=args.lam_critic,
             full_kl=tokens.kl,
+            turn_rewards=turn_rewards,
         )
         if not args.importance_sampling_correction:
             return result, None
@@ -589,24 +669,15 @@ class PPOTrainer(Trainer):
         size = max(1, self.args.local_rollout_forward_batch_size)
         rows: list[dict[str, Any]] = []
         for start in range(0, len(indices), size):
-            batch = self._read([dataset[i] for i in indices[start : start + size]])
-            episodes = rollout(
-                self._policy(),
-                batch.ids,
-                sampling,
-                pad_token_id=self.pad_token_id,
-                seed=self.args.seed + _EVAL_SEED,
-                first_episode=start,
-                max_rows=size,
-                tokenizer=self.tokenizer,
-            )
-            seen = self._episodes(batch, episodes)
+            seed = self.args.seed + _EVAL_SEED
+            batch = self._read([dataset[i] for i in indices[start : start + size]], seed, start)
+            episodes = self._generate(batch, sampling, seed, start)
             tokens = self._evaluate_tokens(episodes)
-            scores, _ = score(self.rewards, seen, self.args.device)
+            scores = self._scores(batch, episodes)[0]
             kl = tokens.logprobs - tokens.ref_logprobs if tokens.kl is None else tokens.kl
             kl = kl.masked_fill(~episodes.response_mask, 0.0).sum(1)
             queries = self.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
-            texts = self.tokenizer.batch_decode(seen.completion_ids, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(episodes.completions(), skip_special_tokens=True)
             for i in range(len(batch.ids)):
                 rows.append(
                     {
@@ -658,13 +729,32 @@ class PPOTrainer(Trainer):
         return DataLoader(dataset, batch_size=self.args.per_device_eval_batch_size, collate_fn=list)
 
     def _prompt_batches(self) -> Iterator[Prompts]:
+        args = self.args
         for rows in self.get_train_dataloader():
-            yield self._read(rows)
+            if self.environment_factory is not None:  # each has a beginning of its own
+                rows = [row for row in rows for _ in range(args.num_generations)]
+            yield self._read(rows, args.seed, self._first_episode())
 
-    def _read(self, rows: Sequence[Any]) -> Prompts:
-        return read_prompts(
+    def _read(self, rows: Sequence[Any], seed: int, first_episode: int) -> Prompts:
+        environments: list[Any] = []
+        if self.environment_factory is not None:
+            environments = self._environments(len(rows))
+            numbers = range(first_episode, first_episode + len(rows))
+            rows = opened(rows, environments, [seed * DRAWS_PER_EPISODE + i for i in numbers])
+        prompts = read_prompts(
             rows, self.tokenizer, data_collator=self._prompt_collator, max_length=self.args.max_prompt_length
         )
+        if environments:
+            prompts.columns["environments"] = environments
+        return prompts
+
+    def _environments(self, count: int) -> list[Any]:
+        """As many environments, made once."""
+        assert self.environment_factory is not None
+        while len(self.environments) < count:
+            self.environments.append(self.environment_factory())
+            check_environment(self.environments[-1])
+        return self.environments[:count]
 
     def _texts(self) -> Iterator[list[list[int]]] | None:
         """Token ids of the supervised texts of each optimizer step of this update; None: there are none.
@@ -933,6 +1023,14 @@ def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
             f"processing_class must be a tokenizer or a processor that has one, got {type(processing_class).__name__}"
         )
     return tokenizer
+
+
+def _max_length(args: PPOConfig, model: nn.Module) -> int | None:
+    """Most tokens of a dialogue."""
+    limit = models.context_length(model)
+    if args.max_length is not None and limit is not None and args.max_length > limit:
+        raise ValueError(f"max_length ({args.max_length}) exceeds the model's context of {limit} tokens")
+    return limit if args.max_length is None else args.max_length
 
 
 def _stop_token_ids(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> tuple[int, ...]:
