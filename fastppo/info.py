@@ -28,7 +28,7 @@ def collect() -> dict[str, Any]:
         "accelerate": _version("accelerate"),
         "compiler": facts["compiler"],
         "cpu": {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "instruction_sets": {
                 "compiled": [name.lower() for name in facts["instruction_sets"]],
@@ -61,7 +61,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:

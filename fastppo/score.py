@@ -172,6 +172,24 @@ def token_scores(
     return [None if x is None else x.view_as(rollout.response_ids) for x in spread]
 
 
+def classifier_texts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], completions: Sequence[Any]
+) -> list[str]:
+    """What a classifier with a tokenizer of its own reads of each episode.
+
+    Texts are joined; a chat goes through the tokenizer's chat template, or, where it has none, is one turn a line.
+    """
+    texts = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if isinstance(prompt, str):
+            texts.append(prompt + completion)
+        elif getattr(tokenizer, "chat_template", None):
+            texts.append(str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)))
+        else:
+            texts.append("\n".join(str(m["content"]) for m in [*prompt, *completion]))
+    return texts
+
+
 class ClassifierReward:
     """Scores from a sequence classifier with one output.
 
@@ -210,14 +228,7 @@ class ClassifierReward:
         """What the classifier reads: the policy's ids, or the texts in its own tokenizer's."""
         if self.tokenizer is None:
             return [p + c for p, c in zip(episodes.prompt_ids, episodes.completion_ids, strict=True)]
-        texts = []
-        for prompt, completion in zip(episodes.prompts, episodes.completions, strict=True):
-            if isinstance(prompt, str):
-                texts.append(prompt + completion)
-            elif getattr(self.tokenizer, "chat_template", None):
-                texts.append(str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)))
-            else:
-                texts.append("\n".join(str(m["content"]) for m in [*prompt, *completion]))
+        texts = classifier_texts(self.tokenizer, episodes.prompts, episodes.completions)
         limit = getattr(unwrap_peft(self.model).config, "max_position_embeddings", None)
         return self.tokenizer(texts, truncation=limit is not None, max_length=limit)["input_ids"]
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import base64
-import io
-import platform
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.warm_replies import need
 from examples.warm_replies.warmth import Measured, interval, mean
+from fastppo.cli.page import AFTER, BEFORE, SECOND, describe_machine, minutes_and_seconds, png, pyplot, render
 
 ROOMS = ("rollout", "score", "update")
-BEFORE, AFTER, SECOND = "#8a8f98", "#d4622a", "#2f6fb2"
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,9 @@ class Run:
     seconds: dict[str, float]
     settings: dict[str, Any]
     talk_command: str
-    machine: dict[str, str] = field(default_factory=lambda: describe_machine())
+    machine: dict[str, str] = field(
+        default_factory=lambda: describe_machine(["python", "-m", "examples.warm_replies", *sys.argv[1:]])
+    )
 
     @property
     def gain(self) -> float:
@@ -88,32 +86,6 @@ class Run:
         return [*spent, ("other", max(0.0, other))]
 
 
-def describe_machine() -> dict[str, str]:
-    import torch
-    import transformers
-
-    import fastppo
-
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
-    return {
-        "processor": f"{cpu}, {torch.get_num_threads()} threads",
-        "device": "CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
-        "software": f"fastppo {fastppo.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}",
-        "command": shlex.join(["python", "-m", "examples.warm_replies", *sys.argv[1:]]),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def print_summary(run: Run, console: Any, samples: int = 4) -> None:
     """The before/after table and a few replies."""
     from rich.markup import escape
@@ -152,14 +124,8 @@ def write_report(run: Run, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     curves = draw_curves(run)
     (folder / "curves.png").write_bytes(curves)
-    jinja2 = need("jinja2", "jinja2")
-    # autoescape: openings and replies are other people's and a model's words, never markup
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        Path(__file__).parent / "report.html.j2",
         run=run,
         mean=mean,
         curves=base64.b64encode(curves).decode(),
@@ -172,14 +138,9 @@ def write_report(run: Run, folder: Path) -> Path:
     return path
 
 
-def minutes_and_seconds(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{seconds:.1f} s"
-
-
 def draw_curves(run: Run) -> bytes:
     """Reward, KL and speed per update as a PNG."""
-    plt = _pyplot()
+    plt = pyplot()
     updates = range(1, len(run.records) + 1)
     panels = [
         ("reward of the training replies", "objective/scores", AFTER),
@@ -206,12 +167,12 @@ def draw_curves(run: Run) -> bytes:
     for name, level, colour in (("before", run.before.reward, BEFORE), ("after", run.after.reward, AFTER)):
         place = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": colour}
         axes[0].annotate(f"held-out, {name}", (len(run.records), level), (0, 4), **place)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_spread(run: Run) -> bytes:
     """How many held-out replies got which reward, before and after."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(5.4, 2.6))
     edges = [-1 + 0.2 * i for i in range(11)]
     axis.hist(
@@ -224,26 +185,4 @@ def draw_spread(run: Run) -> bytes:
     axis.set_xlabel("reward of a reply (VADER compound)", fontsize=9)
     axis.set_ylabel("replies", fontsize=9)
     axis.legend(frameon=False, fontsize=9, loc="upper left")
-    return _png(figure)
-
-
-def _pyplot() -> Any:
-    matplotlib = need("matplotlib", "matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e8e8e6"}
-    )
-    plt.rcParams.update(
-        {"axes.axisbelow": True, "xtick.labelsize": 8, "ytick.labelsize": 8, "font.family": "sans-serif"}
-    )
-    return plt
-
-
-def _png(figure: Any) -> bytes:
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    _pyplot().close(figure)
-    return buffer.getvalue()
+    return png(figure)

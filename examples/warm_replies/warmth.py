@@ -9,24 +9,17 @@ from itertools import pairwise
 from typing import Any
 
 from examples.warm_replies import need
+from fastppo.cli.answers import answer
+from fastppo.cli.rewards import reply_text as reply_text
+from fastppo.cli.rewards import sentiment
 
 
 def warmth() -> Callable[..., list[float]]:
     """VADER's compound sentiment of each reply, -1 (hostile) to 1 (warm); an empty reply gets 0."""
-    analyzer = need("vaderSentiment.vaderSentiment", "vaderSentiment").SentimentIntensityAnalyzer()
-
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        return [
-            float(analyzer.polarity_scores(reply_text(completion))["compound"]) for completion in completions
-        ]
-
+    need("vaderSentiment", "vaderSentiment")
+    reward = sentiment()
     reward.__name__ = "warmth"
     return reward
-
-
-def reply_text(completion: Any) -> str:
-    """The words of a completion, which is a list of messages where the prompt was one."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def as_chat(opening: str) -> list[dict[str, str]]:
@@ -89,47 +82,20 @@ def measure(
     luck. The KL is exact at each token (over the whole vocabulary) and summed along the reply; without a
     reference it is 0.
     """
-    import torch
-
-    from fastppo.batch import micro_batches
-    from fastppo.models import full_kl, lm_head, predicting_states
-    from fastppo.rollout import Sampling, rollout
-
-    prompts = [
-        tokenizer.apply_chat_template(as_chat(o), add_generation_prompt=True, return_dict=False)
-        for o in openings
-    ]
-    was_training = policy.training
-    policy.eval()
-    answers = rollout(
+    chats = [as_chat(opening) for opening in openings]
+    answers = answer(
         policy,
-        prompts,
-        Sampling(response_length, temperature, stop_token_ids=(tokenizer.eos_token_id,)),
-        pad_token_id=tokenizer.pad_token_id,
+        reference,
+        tokenizer,
+        chats,
+        response_length=response_length,
+        temperature=temperature,
         seed=seed,
     )
-    kl = torch.zeros(answers.response_mask.shape)
-    if reference is not None:
-        with torch.no_grad():
-            for batch in micro_batches(
-                answers, range(len(answers)), pad_token_id=tokenizer.pad_token_id, max_rows=16
-            ):
-                kl.view(-1)[batch.tokens.cpu()] = full_kl(
-                    lm_head(policy),
-                    predicting_states(policy, batch),
-                    lm_head(reference),
-                    predicting_states(reference, batch),
-                    temperature,
-                ).cpu()
-    policy.train(was_training)
-    completions = answers.completions()
-    replies = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions]
     return Measured(
-        replies=replies,
-        rewards=reward(
-            prompts=[as_chat(o) for o in openings], completions=replies, completion_ids=completions
-        ),
-        kl=kl.sum(1).tolist(),
-        tokens=[len(ids) for ids in completions],
-        finished=(~answers.truncated).tolist(),
+        replies=answers.replies,
+        rewards=reward(prompts=chats, completions=answers.replies, completion_ids=answers.completion_ids),
+        kl=answers.kl,
+        tokens=answers.tokens,
+        finished=answers.finished,
     )
