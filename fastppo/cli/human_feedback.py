@@ -96,7 +96,7 @@ def openings(split: str) -> Any:
 def chat_preferences(
     split: str,
     *,
-    margin: float = 2.0,
+    margin: float = 3.0,
     length_band: float = 0.25,
     chat_band: float | None = None,
     excerpts: int = 4,

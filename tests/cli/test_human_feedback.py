@@ -127,10 +127,10 @@ def test_openings_are_distinct_and_of_4_to_15_words():
 
 def test_preferences_keep_margin_starter_turns_and_length_band():
     rows = list(chat_preferences("test"))
-    assert len(rows) == 1576
+    assert len(rows) == 1169
     assert len({row["starter"] for row in rows}) == 33
     for row in rows:
-        assert row["chosen_rating"] - row["rejected_rating"] >= 2
+        assert row["chosen_rating"] - row["rejected_rating"] >= 3
         assert len(row["chosen"]) == len(row["rejected"]) in (2, 4)
         a, b = words(row["chosen"]), words(row["rejected"])
         assert abs(a - b) <= 0.25 * max(a, b) and max(a, b) <= 80
@@ -139,7 +139,7 @@ def test_preferences_keep_margin_starter_turns_and_length_band():
 
 def test_length_band_of_whole_chats():
     banded = chat_preferences("test", chat_band=0.35)
-    assert 0 < len(banded) < 1576
+    assert 0 < len(banded) < 1169
     for row in banded:
         a, b = row["chosen_turns"], row["rejected_turns"]
         assert abs(a - b) <= 0.35 * max(a, b)
