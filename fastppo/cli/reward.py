@@ -199,7 +199,13 @@ def preference_trainer(model: Any, tokenizer: Any, config: Any, rows: Any) -> An
     ids = tokenizer(texts_of(rows, tokenizer, False), truncation=True, max_length=config.max_length)[
         "input_ids"
     ]
-    pairs = Dataset.from_dict({"chosen_ids": ids[: len(rows)], "rejected_ids": ids[len(rows) :]})
+    chosen, rejected = ids[: len(rows)], ids[len(rows) :]
+    # TRL would drop the column that train_sampling_strategy="group_by_length" reads.
+    config.remove_unused_columns = False
+    lengths = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
+    pairs = Dataset.from_dict(
+        {"chosen_ids": chosen, "rejected_ids": rejected, config.length_column_name: lengths}
+    )
     return RewardTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=pairs)
 
 

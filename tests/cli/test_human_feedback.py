@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,12 @@ from fastppo.cli.human_feedback import (
     sft_dialogues,
     side_of,
 )
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch):
+    """The ratings are fetched once, not once per run of the suite."""
+    monkeypatch.setenv("FASTPPO_CACHE", str(Path(__file__).resolve().parents[2] / ".cache"))
 
 
 def words(messages):
