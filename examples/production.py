@@ -381,8 +381,8 @@ def _shown(value: Any) -> str:
 def _machine() -> str:
     import torch
 
-    threads = torch.get_num_threads()
-    return f"{threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    threads, instructions = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"{threads} thread{'s' * (threads > 1)}, {instructions}, torch {torch.__version__}"
 
 
 def read_chats(path: Path) -> list[Chat]:
