@@ -52,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.summary(report, screen)
     except UsageError as error:
         return _failed(str(error), as_json)
+    except KeyboardInterrupt:
+        more = "; the same command goes on from the last checkpoint" if name == "rlhf" else ""
+        print(f"fastppo {name}: interrupted{more}", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
