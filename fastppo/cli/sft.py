@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,15 @@ def run(settings: Sequence[Any], screen: Screen) -> dict[str, Any]:
         )
     show_progress(trainer, screen)
     trained_model: Any = trainer.model
-    before = perplexity()
+    out = Path(config.output_dir)
+    before = _once(out / "perplexity_before.json", perplexity, again=resume is None)
     screen.say(f"{len(rows)} texts" + ("" if resume is None else f"; going on from {resume}"))
     trained = trainer.train(resume_from_checkpoint=resume)
     after = perplexity()
     trained_model.config.use_cache = use_cache  # training turned it off, and it would be saved so
-    out = Path(config.output_dir)
     save_whole(trained_model, tokenizer, out)
     save_log(trainer.state.log_history, out)
+    (out / "perplexity_before.json").unlink()
     if not script.keep_checkpoints:
         drop_checkpoints(out)
     return {
@@ -144,6 +146,16 @@ def run(settings: Sequence[Any], screen: Screen) -> dict[str, Any]:
         "held_out_texts": 0 if held_out is None else len(held_out),
         "seconds": time.perf_counter() - started,
     }
+
+
+def _once(path: Path, measure: Callable[[], Any], *, again: bool) -> Any:
+    """What was measured before an interruption; measured now where there was none."""
+    if again or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text(json.dumps(measure()), encoding="utf-8")
+        unfinished.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def summary(report: dict[str, Any], screen: Screen) -> None:
