@@ -134,10 +134,12 @@ def run(settings: Sequence[Any], screen: Screen) -> dict[str, Any]:
     trained = trainer.train(resume_from_checkpoint=resume)
 
     measured = rows.select(range(min(1000, len(rows)))) if held_out is None else held_out
+    texts = texts_of(measured, tokenizer, rated)
+    given = scores(trainer.model, tokenizer, texts)
     if script.standardize:
-        standardize(trainer.model, scores(trainer.model, tokenizer, texts_of(measured, tokenizer, rated)))
+        standardize(trainer.model, given)  # moves no figure: each is about order or correlation
     measure = measure_ratings if rated else measure_preferences
-    figures = measure(trainer.model, tokenizer, measured, script.group_column)
+    figures = measure(given, texts, measured, script.group_column)
     out = Path(config.output_dir)
     save_whole(trainer.model, tokenizer, out)
     save_log(trainer.state.log_history, out)
@@ -254,13 +256,16 @@ def scores(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[float]:
     """What the model gives each text, on the path that PPO takes."""
     from ..score import ClassifierReward, Episodes
 
-    given = Episodes(list(texts), [""] * len(texts), [[]] * len(texts), [[]] * len(texts))
+    distinct = list(dict.fromkeys(texts))  # pairs share texts
+    n = len(distinct)
+    given = Episodes(distinct, [""] * n, [[]] * n, [[]] * n)
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        return ClassifierReward(model, tokenizer, max_rows=64)(given)
+        of = dict(zip(distinct, ClassifierReward(model, tokenizer, max_rows=64)(given), strict=True))
     finally:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
+    return [of[text] for text in texts]
 
 
 def standardize(model: Any, given: Sequence[float]) -> None:
@@ -282,22 +287,19 @@ def standardize(model: Any, given: Sequence[float]) -> None:
 
 
 def measure_preferences(
-    model: Any, tokenizer: Any, rows: Any, group_column: str | None
+    given: Sequence[float], texts: Sequence[str], rows: Any, group_column: str | None
 ) -> dict[str, judging.Estimate]:
-    """Share of pairs in people's order, beside what length and sentiment alone get right."""
-    texts = texts_of(rows, tokenizer, False)
-    given = scores(model, tokenizer, texts)
+    """Share of pairs that the scores put in people's order, beside what length and sentiment alone get right."""
     n = len(rows)
     groups = None if group_column is None else rows[group_column]
     return judging.judge_preferences(given[:n], given[n:], texts[:n], texts[n:], groups)
 
 
 def measure_ratings(
-    model: Any, tokenizer: Any, rows: Any, group_column: str | None
+    given: Sequence[float], texts: Sequence[str], rows: Any, group_column: str | None
 ) -> dict[str, judging.Estimate]:
     """Correlation of the scores with the ratings, beside that of length and sentiment."""
-    texts = texts_of(rows, tokenizer, True)
-    return judging.judge_ratings(scores(model, tokenizer, texts), texts, rows["rating"])
+    return judging.judge_ratings(given, texts, rows["rating"])
 
 
 def summary(report: dict[str, Any], screen: Screen) -> None:
