@@ -12,7 +12,7 @@ from typing import Any
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers the n-th request with `say(n, messages)`, in two pieces; keeps the requests."""
+    """Answers the n-th request with `say(n, messages)`; keeps the requests."""
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
@@ -39,19 +39,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._send("application/json", b'{"error": "context too long"}', self.server.status)
             return
         text = self.server.say(len(self.server.requests), request["messages"])
-        half = len(text) // 2
-        events = [
-            {
-                "id": "1",
-                "object": "chat.completion.chunk",
-                "created": 0,
-                "model": "fake-chat",
-                "choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}],
-            }
-            for piece in (text[:half], text[half:])
-        ]
-        lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
-        self._send("text/event-stream", "".join(lines).encode())
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop",
+        }
+        answer = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "fake-chat",
+            "choices": [choice],
+        }
+        self._send("application/json", json.dumps(answer).encode())
 
     def _send(self, kind: str, body: bytes, status: int = 200) -> None:
         self.send_response(status)

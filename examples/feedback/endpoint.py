@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from examples.warm_replies import need
@@ -22,7 +21,7 @@ class Endpoint:
         url: up to and with `/v1`.
         model: its name there. None: the first that is loaded.
         temperature, max_tokens: of every answer.
-        timeout: seconds to wait for a connection, and between two pieces of an answer.
+        timeout: seconds to wait for an answer.
 
     Raises:
         EndpointError: the server is not there, or has no such model.
@@ -55,25 +54,22 @@ class Endpoint:
             drawn = {"do_sample": temperature > 0, "temperature": temperature or 1.0}
             self.settings["extra_body"] = {"generation_config": json.dumps(drawn)}
 
-    def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        """The answer so far, again and again as it grows.
+    def answer(self, messages: list[dict[str, str]]) -> str:
+        """The model's next turn.
+
+        Whole, not piece by piece: nobody can rate half an answer then.
 
         Raises:
             EndpointError: the server is gone, refuses, or answers with nothing.
         """
-        text = ""
         try:
-            for piece in self.client.chat.completions.create(
-                model=self.model, messages=messages, stream=True, **self.settings
-            ):
-                if piece.choices and (more := piece.choices[0].delta.content):
-                    text += more
-                    if text.strip():
-                        yield text.strip()
+            said = self.client.chat.completions.create(model=self.model, messages=messages, **self.settings)
         except Exception as error:
             raise self._explained(error) from error
-        if not text.strip():
+        text = str((said.choices[0].message.content if said.choices else None) or "").strip()
+        if not text:
             raise EndpointError(f"{self.url} gave an empty answer; ask again")
+        return text
 
     def _models(self) -> list[Any]:
         try:

@@ -21,11 +21,12 @@ ABOUT = (
 def build(endpoint: Endpoint, store: Store) -> gr.ChatInterface:
     """The page, as a Gradio application that is not launched yet."""
 
-    def answer(message: str, history: list[dict[str, Any]]) -> Iterator[str]:
+    def answer(message: str, history: list[dict[str, Any]]) -> str | list[Any]:
         try:
-            yield from endpoint.answer(_messages([*history, {"role": "user", "content": message}]))
+            return endpoint.answer(_messages([*history, {"role": "user", "content": message}]))
         except EndpointError as error:
             gr.Warning(str(error), duration=None)  # raised as gr.Error it would leave the text box locked
+            return []
 
     def rate(history: list[dict[str, Any]], event: gr.LikeData, request: gr.Request) -> str:
         # Gradio says "" of a thumb that is clicked a second time.

@@ -11,8 +11,10 @@ from rich.markup import escape
 from examples.feedback.endpoint import Endpoint, EndpointError
 from examples.feedback.store import DISLIKE, LIKE, Messages, Store
 
-HELP = """[bold]+[/bold] likes the last answer, [bold]-[/bold] dislikes it, [bold]= text[/bold] says it better,
-[bold]/again[/bold] asks for another answer, [bold]/new[/bold] starts over; an empty line ends the chat."""
+HELP = (
+    "[bold]+[/bold] likes the last answer, [bold]-[/bold] dislikes it, [bold]= text[/bold] says it better, "
+    "[bold]/again[/bold] asks for another answer, [bold]/new[/bold] starts over; an empty line ends the chat."
+)
 
 
 def talk(endpoint: Endpoint, store: Store, console: Console | None = None, rater: str | None = None) -> None:
@@ -45,9 +47,9 @@ def talk(endpoint: Endpoint, store: Store, console: Console | None = None, rater
 
 def _answer(endpoint: Endpoint, chat: Messages, console: Console) -> str:
     with console.status("…"):
-        *_, answer = endpoint.answer(chat)
+        answer = endpoint.answer(chat)
     console.print(f"[bold]model[/bold]  {escape(answer)}", highlight=False)
-    return str(answer)
+    return answer
 
 
 def _feedback(
