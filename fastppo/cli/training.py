@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -99,13 +98,6 @@ def drop_checkpoints(folder: str | Path) -> None:
     """Remove `checkpoint-N`, which serve nothing once the whole model is saved."""
     for checkpoint in Path(folder).glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def typed() -> str:
-    """The command line, as it was typed."""
-    import shlex
-
-    return shlex.join(["fastppo", *sys.argv[1:]])
 
 
 def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
