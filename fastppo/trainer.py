@@ -66,7 +66,7 @@ class PPOTrainer(Trainer):
         value_model: critic, a decoder-type sequence classifier with one output. None: a value head on the policy's
             own trunk.
         data_collator: as TRL scripts pass it; applied to `input_ids`, its padding is taken off again.
-        eval_dataset: prompts for `evaluate()` and `generate_completions()`.
+        eval_dataset: prompts for `evaluate()` and `generate_completions()`, or several such by name.
         optimizers: (optimizer, scheduler) instead of those from `args`.
         callbacks: further `transformers.TrainerCallback`s.
         peft_config: trains this adapter instead of the policy's weights.
@@ -133,8 +133,10 @@ class PPOTrainer(Trainer):
                 "model and ref_model must not be the same object: pass ref_model=None for a frozen copy"
             )
         check_dataset(train_dataset, "train_dataset")
-        if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset")
+        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        for name, part in parts.items():
+            if part is not None:
+                check_dataset(part, f"eval_dataset {name}".rstrip())
         if (ptx_dataset is None) != (args.ptx_coef == 0):
             raise ValueError(
                 f"ptx_coef and ptx_dataset need each other, got ptx_coef={args.ptx_coef} and "
@@ -678,6 +680,8 @@ class PPOTrainer(Trainer):
             kl = kl.masked_fill(~episodes.response_mask, 0.0).sum(1)
             queries = self.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
             texts = self.tokenizer.batch_decode(episodes.completions(), skip_special_tokens=True)
+            if isinstance(episodes, Dialogues):
+                texts = ["\n".join(f"{m['role']}: {m['content']}" for m in x) for x in episodes.messages]
             for i in range(len(batch.ids)):
                 rows.append(
                     {
