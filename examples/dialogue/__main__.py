@@ -135,8 +135,8 @@ def train_policy(options: argparse.Namespace) -> dict[str, Any]:
         rows.append([*row, f"{after[f'eval_{name}_objective/kl']:.2f}"])
     header = ["users", "reward before", "reward after", "KL, nats per dialogue"]
     show(f"Reward of {size} new dialogues each", header, rows)
-    for row in trainer.generate_completions(sampling=True)[:3]:
-        print(f"\nuser: {row['query']}\n{row['model response']}")
+    for talk in trainer.generate_completions(sampling=True)[:3]:
+        print(f"\nuser: {talk['query']}\n{talk['model response']}")
     return {"before": before, "after": after, "history": trainer.state.log_history}
 
 
