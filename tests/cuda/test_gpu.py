@@ -214,6 +214,17 @@ def test_a_failing_test_or_sanitizer_ends_the_run(tmp_path):
                 gpu.run_sanitizer("memcheck", str(program))
 
 
+def test_what_is_skipped_is_not_measured():
+    def fails(*_):
+        raise AssertionError("compiled")
+
+    case = replace(CASES[0], eager=CASES[0].eager, peers={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", fails)
+        row = gpu.measure(case, Clock("cpu", seconds=0, rounds=1), tiny=True, capture=None, skip=["compile"])
+    assert set(row.others) == {"eager"}
+
+
 def test_a_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     # The machine pretends; everything between the answers runs.
     monkeypatch.setattr(gpu, "no_gpu", lambda: None)
@@ -225,7 +236,12 @@ def test_a_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "Clock", lambda device, seconds: Clock("cpu", 0, 1))
     monkeypatch.setattr(
         *(gpu, "measure"),
-        lambda case, clock: Row(case.label, case.bytes_moved(), 1e-3, {"graph": 9e-4, "eager": 2e-3}),
+        lambda case, clock, skip: Row(
+            case.label,
+            case.bytes_moved(),
+            1e-3,
+            {"graph": 9e-4, "eager": 2e-3} | ({} if skip else {"compile": 3e-3}),
+        ),
     )
     monkeypatch.setattr("bench.cases.Case.has_kernels", lambda self: True)
     monkeypatch.setattr("fastppo._C.build_facts", lambda: {"cuda": "on: pretended"})
@@ -238,5 +254,10 @@ def test_a_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     assert all(f"| {case.label} |" in text for case in CASES)
     assert "op tests: pass" in text and "300 GB/s" in text
     assert f"CUDA graphs: {len(CASES)} of {len(CASES)} captured" in text
+    assert "3000 (" in text  # the compile column
+    gpu.main(["--skip", "tests", "sanitizer", "compile"])
+    text = (tmp_path / "docs" / "gpu-l4.md").read_text()
+    assert "op tests: not run" in text and "compute-sanitizer racecheck: not run" in text
+    assert "3000 (" not in text
     with pytest.raises(SystemExit, match="no op begins with spam"):
         gpu.main(["--only", "spam"])
