@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,13 +121,18 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, win
     )
 
 
+@functools.cache
+def _varlen_attn_takes(argument: str) -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return argument in inspect.signature(varlen_attn).parameters
+
+
 def _on_gpu(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {"enable_gqa": True}
-    if (
-        "enable_gqa" not in inspect.signature(varlen_attn).parameters
-    ):  # before torch 2.12: a key head per query head
+    if not _varlen_attn_takes("enable_gqa"):  # before torch 2.12: a key head per query head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = {}
     out = varlen_attn(
@@ -188,11 +194,10 @@ def _what_its_device_rules_out(trunk: nn.Module) -> str | None:
     if parameter.dtype is torch.float32:
         return "FlashAttention takes bfloat16 and float16, and the weights are float32"
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        known = _varlen_attn_takes("window_size") and _varlen_attn_takes("scale")
     except ImportError:
         return f"torch {torch.__version__} has no varlen_attn"
-    known = inspect.signature(varlen_attn).parameters
-    if not {"window_size", "scale"} <= set(known):
+    if not known:
         return f"torch {torch.__version__} has no varlen_attn with windows"
     return None
 
