@@ -180,7 +180,7 @@ def make_trainer(
         return [env.grade(given, expected) for given, expected in zip(completions, answer, strict=True)]
 
     config: dict[str, Any] = {
-        "learning_rate": 3e-4,
+        "learning_rate": 1e-3,
         "per_device_train_batch_size": 128,
         "num_mini_batches": 2,
         "response_length": 4,
@@ -191,7 +191,6 @@ def make_trainer(
         "num_sample_generations": 0,
         "report_to": "none",
         "save_strategy": "no",
-        "disable_tqdm": True,
     }
     return PPOTrainer(
         args=PPOConfig(output_dir=output, **{**config, **settings}),

@@ -136,6 +136,9 @@ class PPOConfig(TrainingArguments):
         "With an environment: most tokens of a dialogue, prompt included; it ends before a turn that might not fit. "
         "Default: the model's context.",
     )
+    environment_timeout: float | None = _setting(
+        None, "Seconds the environments of a batch may take to answer a turn. Default: no limit."
+    )
     num_generations: int = _setting(1, "Responses per prompt; must divide the local batch size.")
     max_prompt_length: int | None = _setting(
         None, "Keep the last tokens of a longer prompt. Default: raise an error."
@@ -314,7 +317,14 @@ class PPOConfig(TrainingArguments):
         for name in ("min_p", "lam_critic"):
             value = getattr(self, name)
             require(value is None or (is_number(value) and 0 <= value <= 1), name, "None or in [0, 1]")
-        for name in ("missing_eos_penalty", "reward_clip", "reward_timeout", "target_kl", "epsilon_high"):
+        for name in (
+            "missing_eos_penalty",
+            "reward_clip",
+            "reward_timeout",
+            "environment_timeout",
+            "target_kl",
+            "epsilon_high",
+        ):
             value = getattr(self, name)
             require(value is None or (is_number(value) and value > 0), name, "None or a number above 0")
         require(

@@ -19,7 +19,6 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .batch import Rollout
 from .prompts import is_chat
-from .score import excerpt
+from .score import NoAnswerError, excerpt, within
 
 Message = Mapping[str, Any]
 _Place = tuple[str, str]  # for an error: what of the environment, and where in the run
@@ -99,12 +98,15 @@ def check_environment(environment: Any) -> None:
 
 
 def opened(
-    rows: Sequence[Mapping[str, Any]], environments: Sequence[Any], seeds: Sequence[int]
+    rows: Sequence[Mapping[str, Any]],
+    environments: Sequence[Any],
+    seeds: Sequence[int],
+    timeout: float | None = None,
 ) -> list[dict[str, Any]]:
     """Reset an environment for each row: the rows, with what the environments say first after their prompts.
 
     Raises:
-        RuntimeError: an environment raised; the message names it and the row.
+        RuntimeError: an environment raised, or they took more than `timeout` seconds; the message names it and the row.
         TypeError: it gave something that cannot stand after the prompt.
     """
     calls, places = [], []
@@ -112,7 +114,7 @@ def opened(
         own = {"seed": seed} if _takes(environment.reset, "seed") and "seed" not in row else {}
         calls.append(partial(environment.reset, **row, **own))
         places.append((f"{type(environment).__name__}.reset", f"row {i}: {excerpt(dict(row))}"))
-    observations = _together(calls, places)
+    observations = _together(calls, places, timeout)
     return [_with_opening(*found) for found in zip(rows, observations, places, strict=True)]
 
 
@@ -127,6 +129,7 @@ def converse(
     turn_length: int,
     max_turns: int,
     max_length: int | None = None,
+    timeout: float | None = None,
 ) -> Dialogues:
     """Let policy and environments talk until each dialogue is over.
 
@@ -142,12 +145,13 @@ def converse(
         max_turns: most turns of the policy.
         max_length: most tokens of a dialogue, prompt included: one whose next turn might not fit ends before it. None:
             no limit.
+        timeout: seconds that the environments may take for their answers to one turn of all dialogues. None: no limit.
 
     Returns:
         B dialogues, on the device that `generate` uses.
 
     Raises:
-        RuntimeError: an environment raised; the message names it, turn, prompt and reply.
+        RuntimeError: an environment raised, or hangs; the message names it, turn, prompt and reply.
         TypeError, ValueError: what it gave is no `Step`; a prompt leaves no room for the first turn.
     """
     for i, prompt in enumerate(prompts):
@@ -171,6 +175,7 @@ def converse(
         answers = _together(
             [partial(d.environment.step, reply) for d, reply in zip(going, replies, strict=True)],
             [d.place for d in going],
+            timeout,
         )
         still_going = []
         for d, answer, cut in zip(going, answers, said.truncated.tolist(), strict=True):
@@ -356,30 +361,44 @@ def _takes(method: Callable[..., Any], argument: str) -> bool:
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _together(calls: Sequence[Callable[[], Any]], places: Sequence[_Place]) -> list[Any]:
+def _together(
+    calls: Sequence[Callable[[], Any]], places: Sequence[_Place], timeout: float | None
+) -> list[Any]:
     """What the calls give, awaited together where they are of async methods."""
+    results: dict[int, Any] = {}
 
-    def named(error: Exception, place: _Place) -> RuntimeError:
-        return RuntimeError(f"environment {place[0]} raised {type(error).__name__}: {error}; {place[1]}")
-
-    async def one(call: Callable[[], Any], place: _Place) -> Any:
+    async def one(i: int) -> None:
         try:
-            result = call()
-            return await result if inspect.isawaitable(result) else result
+            result = calls[i]()
+            results[i] = await result if inspect.isawaitable(result) else result
         except Exception as error:
-            raise named(error, place) from error
+            raise _raised(error, places[i]) from error
 
-    async def all_of_them() -> list[Any]:
-        return await asyncio.gather(*map(one, calls, places))
+    async def all_of_them() -> None:
+        await asyncio.gather(*map(one, range(len(calls))))
 
-    if any(inspect.iscoroutinefunction(call) for call in calls):
-        # A thread of its own: an event loop may already run here (notebooks).
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, all_of_them()).result()
-    results = []
-    for call, place in zip(calls, places, strict=True):
+    def one_by_one() -> None:
+        for i, call in enumerate(calls):
+            try:
+                results[i] = call()
+            except Exception as error:
+                raise _raised(error, places[i]) from error
+
+    is_async = any(inspect.iscoroutinefunction(call) for call in calls)
+    if timeout is None and not is_async:
+        one_by_one()  # in this thread, to which the environment's things may belong
+    else:
         try:
-            results.append(call())
-        except Exception as error:
-            raise named(error, place) from error
-    return results
+            within(timeout, (lambda: asyncio.run(all_of_them())) if is_async else one_by_one)
+        except NoAnswerError:
+            missing = [i for i in range(len(calls)) if i not in results]
+            name, place = places[missing[0]]
+            raise RuntimeError(
+                f"environment {name} gave no answer within environment_timeout = {timeout} s ({len(missing)} of "
+                f"{len(calls)} dialogues wait); {place}"
+            ) from None
+    return [results[i] for i in range(len(calls))]
+
+
+def _raised(error: Exception, place: _Place) -> RuntimeError:
+    return RuntimeError(f"environment {place[0]} raised {type(error).__name__}: {error}; {place[1]}")

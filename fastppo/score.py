@@ -190,6 +190,18 @@ def classifier_texts(
     return texts
 
 
+def classifier_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None
+) -> list[list[int]]:
+    """Token ids of the texts, at most `max_length` of each, with the tokenizer's special tokens.
+
+    A chat template writes the beginning-of-sequence token into its text; a tokenizer that adds its own would make two.
+    """
+    ids = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [x[1:] if bos is not None and x[:2] == [bos, bos] else x for x in ids]
+
+
 class ClassifierReward:
     """Scores from a sequence classifier with one output.
 
@@ -230,7 +242,7 @@ class ClassifierReward:
             return [p + c for p, c in zip(episodes.prompt_ids, episodes.completion_ids, strict=True)]
         texts = classifier_texts(self.tokenizer, episodes.prompts, episodes.completions)
         limit = getattr(unwrap_peft(self.model).config, "max_position_embeddings", None)
-        return self.tokenizer(texts, truncation=limit is not None, max_length=limit)["input_ids"]
+        return classifier_ids(self.tokenizer, texts, limit)
 
     @torch.no_grad()
     def __call__(self, episodes: Episodes) -> list[float]:
@@ -320,29 +332,17 @@ class _Called:
         return asyncio.run(_resolve(result)) if inspect.isawaitable(result) else result
 
     def __call__(self, episodes: Episodes) -> Any:
-        outcome: dict[str, Any] = {}
-
-        def work() -> None:
-            try:
-                outcome["result"] = self._call(episodes)
-            except BaseException as error:
-                outcome["error"] = error
-
-        # A thread of its own: an event loop may already run here (notebooks), and a hung reward can be left behind.
-        thread = threading.Thread(target=work, name=f"reward {self.name}", daemon=True)
-        thread.start()
-        thread.join(self.timeout)
-        if thread.is_alive():
+        try:
+            return within(self.timeout, lambda: self._call(episodes))
+        except NoAnswerError:
             raise RuntimeError(
                 f"reward {self.name} gave no answer within reward_timeout = {self.timeout} s for {len(episodes)} "
                 f"episodes; the first prompt: {excerpt(episodes.prompts[0])}"
-            )
-        if "error" in outcome:
+            ) from None
+        except BaseException as error:
             raise RuntimeError(
-                f"reward {self.name} raised {type(outcome['error']).__name__}: {outcome['error']}; "
-                f"{self._blame(episodes)}"
-            ) from outcome["error"]
-        return outcome["result"]
+                f"reward {self.name} raised {type(error).__name__}: {error}; {self._blame(episodes)}"
+            ) from error
 
     def _blame(self, episodes: Episodes) -> str:
         """Which episode is it? Training is over anyway, so ask one at a time."""
@@ -358,6 +358,36 @@ class _Called:
 
 async def _resolve(awaitable: Any) -> Any:
     return await awaitable
+
+
+class NoAnswerError(Exception):
+    """The user's code did not come back in time."""
+
+
+def within(timeout: float | None, call: Callable[[], Any]) -> Any:
+    """What `call` gives, from a thread of its own: an event loop may already run here (notebooks), and what hangs can
+    be left behind.
+
+    Raises:
+        NoAnswerError: it took more than `timeout` seconds (None: no limit).
+        BaseException: what `call` raised.
+    """
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["result"] = call()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise NoAnswerError
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
 
 
 def _numbers(name: str, values: Any, episodes: Episodes) -> list[float]:

@@ -409,6 +409,7 @@ class PPOTrainer(Trainer):
             turn_length=sampling.max_new_tokens,
             max_turns=self.args.max_turns,
             max_length=self.max_length,
+            timeout=self.args.environment_timeout,
         )
 
     def _first_episode(self) -> int:
@@ -740,13 +741,15 @@ class PPOTrainer(Trainer):
             yield self._read(rows, args.seed, self._first_episode())
 
     def _read(self, rows: Sequence[Any], seed: int, first_episode: int) -> Prompts:
+        args = self.args
         environments: list[Any] = []
         if self.environment_factory is not None:
             environments = self._environments(len(rows))
             numbers = range(first_episode, first_episode + len(rows))
-            rows = opened(rows, environments, [seed * DRAWS_PER_EPISODE + i for i in numbers])
+            seeds = [seed * DRAWS_PER_EPISODE + i for i in numbers]
+            rows = opened(rows, environments, seeds, args.environment_timeout)
         prompts = read_prompts(
-            rows, self.tokenizer, data_collator=self._prompt_collator, max_length=self.args.max_prompt_length
+            rows, self.tokenizer, data_collator=self._prompt_collator, max_length=args.max_prompt_length
         )
         if environments:
             prompts.columns["environments"] = environments

@@ -88,6 +88,7 @@ def test_parses_from_the_command_line() -> None:
         ({"stop_token": "dot"}, "stop_token must be None or 'eos', got 'dot'"),
         ({"stop_token": "eos", "stop_token_id": 3}, "set stop_token or stop_token_id, not both"),
         ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
+        ({"environment_timeout": 0}, "environment_timeout must be None or a number above 0, got 0"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be None or a number above 0, got -1.0"),
         ({"response_length": 0}, "response_length must be an integer of at least 1, got 0"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,21 +52,7 @@ class Once(Echo):
 
 
 def trainer(tmp_path: Path, environment: Any, reward: Any = None, **changes: Any) -> PPOTrainer:
-    settings = {
-        "output_dir": str(tmp_path / "run"),
-        "report_to": [],
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "total_episodes": 16 * 2,
-        "response_length": 6,
-        "learning_rate": 1e-3,
-        "temperature": 1.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "num_sample_generations": 0,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    settings = {"output_dir": str(tmp_path / "run"), **tiny.SETTINGS, "total_episodes": 16 * 2}
     return PPOTrainer(
         PPOConfig(**{**settings, **changes.pop("settings", {})}),
         tiny.tokenizer(),
@@ -449,6 +436,48 @@ def test_an_environment_that_raises_is_named_with_its_prompt(is_async: bool) -> 
         RuntimeError, match=r"environment Closed.reset raised OSError: no such corpus; row 0: .*hello"
     ):
         opened([{"prompt": [USER]}], [Closed()], [0])
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_environment_that_hangs_is_named_with_its_prompt(is_async: bool) -> None:
+    over = threading.Event()
+
+    class Hangs(Echo):
+        def step(self, reply: str) -> Step:
+            over.wait(60)
+            return Step(None, 0.0, True)
+
+    class AsyncHangs(Echo):
+        async def step(self, reply: str) -> Step:  # type: ignore[override]
+            while not over.is_set():
+                await asyncio.sleep(0.01)
+            return Step(None, 0.0, True)
+
+    hangs = AsyncHangs if is_async else Hangs
+    message = (
+        rf"environment {hangs.__name__}.step gave no answer within environment_timeout = 0.1 s \(1 of 2 dialogues "
+        rf"wait\); turn 1 of prompt .*{WORDS[1]} {WORDS[2]}"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        talk(says([[40, END]] * 2), [Scripted((None, 0, True)), hangs()], timeout=0.1)
+    over.set()
+    slow = talk(says([[40, END]] * 2), [Scripted((None, 0, True)), hangs()], timeout=60)
+    assert slow.turns.tolist() == [1, 1]
+
+
+def test_the_time_limit_is_a_setting_of_the_trainer(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    class Opens(Once):
+        def reset(self, **row: Any) -> None:
+            over.wait(60)
+
+    run = trainer(tmp_path, Opens, settings={"environment_timeout": 0.1})
+    with pytest.raises(
+        RuntimeError, match=r"Opens.reset gave no answer within environment_timeout = 0.1 s.*row 0"
+    ):
+        run.train()
+    over.set()
 
 
 @pytest.mark.parametrize(

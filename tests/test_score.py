@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tokenizers import processors
 from transformers import BertConfig, BertForSequenceClassification
 
 from fastppo.score import Episodes, make_rewards, score
@@ -100,6 +101,26 @@ def test_chat_reaches_a_classifier_through_its_own_template() -> None:
     ids = tokenizer("<|user|>how are you<|end|><|assistant|>fine<|end|>")["input_ids"]
     plain = Episodes(["x"], ["y"], [ids[3:]], [ids[:3]])
     assert scores(model, chat, processing_classes=tokenizer) == pytest.approx(scores(model, plain))
+
+
+def test_a_chat_has_one_beginning_where_template_and_tokenizer_both_write_it() -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.classifier()
+    tokenizer.bos_token = "<|user|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|user|> $A", special_tokens=[("<|user|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("fine")["input_ids"][0] == tokenizer.bos_token_id
+    begins = [{"role": "user", "content": "how are you"}]  # the template's text begins with <|user|>
+    chat = Episodes([begins], [[{"role": "assistant", "content": "fine"}]], [[1]], [[1]])
+    ids = tokenizer("<|user|>how are you<|end|><|assistant|>fine<|end|>", add_special_tokens=False)[
+        "input_ids"
+    ]
+    plain = Episodes(["x"], ["y"], [ids[3:]], [ids[:3]])
+    assert scores(model, chat, processing_classes=tokenizer) == pytest.approx(scores(model, plain))
+    words = Episodes(["how are"], [" you"], [[1]], [[1]])  # no template: the tokenizer's own stays
+    ids = tokenizer("how are you")["input_ids"]
+    plain = Episodes(["x"], ["y"], [ids[2:]], [ids[:2]])
+    assert scores(model, words, processing_classes=tokenizer) == pytest.approx(scores(model, plain))
 
 
 @pytest.fixture

@@ -60,21 +60,7 @@ def trainer(tmp_path: Path, **changes: Any) -> PPOTrainer:
             parts[name] = changes.pop(name)
     if isinstance(parts["model"], str):
         parts["model"] = tiny.policy(parts["model"])  # type: ignore[assignment]
-    settings = {
-        "output_dir": str(tmp_path / "run"),
-        "report_to": [],
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "total_episodes": 16 * 3,
-        "response_length": 6,
-        "learning_rate": 1e-3,
-        "temperature": 1.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "num_sample_generations": 0,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    settings = {"output_dir": str(tmp_path / "run"), **tiny.SETTINGS, "total_episodes": 16 * 3}
     return PPOTrainer(PPOConfig(**{**settings, **changes}), **parts)  # type: ignore[arg-type]
 
 

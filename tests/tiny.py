@@ -33,6 +33,22 @@ CHAT_TEMPLATE = (
 VOCABULARY = 307  # a prime: no multiple of any tile
 
 
+# For a PPOConfig: an update is 16 episodes.
+SETTINGS: dict[str, Any] = {
+    "report_to": [],
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "response_length": 6,
+    "learning_rate": 1e-3,
+    "temperature": 1.0,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "num_sample_generations": 0,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def tokenizer(pad: str | None = "<|pad|>") -> PreTrainedTokenizerFast:
     bpe = Tokenizer(tokenizer_models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

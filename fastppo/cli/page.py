@@ -74,8 +74,9 @@ def describe_machine(command: Sequence[str]) -> dict[str, str]:
 
     from ..info import processor
 
+    threads = torch.get_num_threads()
     return {
-        "processor": f"{processor()}, {torch.get_num_threads()} threads",
+        "processor": f"{processor()}, {threads} thread{'s' * (threads > 1)}",
         "device": "CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "software": f"fastppo {fastppo.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",

@@ -99,16 +99,19 @@ def draw_curves(
             drawn.append((title, points, colour))
     if not drawn:
         return None
-    figure, axes = pyplot().subplots(1, len(drawn), figsize=(3.6 * len(drawn), 2.9), squeeze=False)
+    width = 3.6 * max(2, len(drawn))  # one panel is as high on the page as two
+    figure, axes = pyplot().subplots(1, len(drawn), figsize=(width, 2.9), squeeze=False)
     for axis, (title, points, colour) in zip(axes[0], drawn, strict=True):
         for (word, line), shade in zip(points.items(), (colour, SECOND, THIRD, BEFORE), strict=False):
             axis.plot(*zip(*line, strict=True), color=shade, linewidth=1.8, label=word)
-        if len(points) > 1:
-            axis.legend(frameon=False, fontsize=8)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.margins(x=0.02, y=0.12)
+        if len(points) > 1:
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high + 0.2 * (high - low))  # room for the legend, where no line runs
+            axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(points))
     return png(figure)
 
 

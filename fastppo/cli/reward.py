@@ -198,9 +198,9 @@ def preference_trainer(model: Any, tokenizer: Any, config: Any, rows: Any) -> An
     from datasets import Dataset
     from trl import RewardTrainer
 
-    ids = tokenizer(texts_of(rows, tokenizer, False), truncation=True, max_length=config.max_length)[
-        "input_ids"
-    ]
+    from ..score import classifier_ids
+
+    ids = classifier_ids(tokenizer, texts_of(rows, tokenizer, False), config.max_length)
     chosen, rejected = ids[: len(rows)], ids[len(rows) :]
     # TRL would drop the column that train_sampling_strategy="group_by_length" reads.
     config.remove_unused_columns = False
@@ -217,7 +217,9 @@ def rating_trainer(model: Any, tokenizer: Any, config: Any, rows: Any) -> Any:
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, Trainer
 
-    ids = tokenizer(list(rows["text"]), truncation=True, max_length=config.max_length)["input_ids"]
+    from ..score import classifier_ids
+
+    ids = classifier_ids(tokenizer, texts_of(rows, tokenizer, True), config.max_length)
     ratings = np.asarray(rows["rating"], dtype=np.float32)
     labels = (ratings - ratings.mean()) / ratings.std()
     model.config.problem_type = "regression"

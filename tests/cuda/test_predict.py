@@ -48,7 +48,8 @@ def test_what_a_case_must_move_is_what_the_kernels_move():
         moved, wanted = counts.bytes_loaded + counts.bytes_stored, case.bytes_moved(case.tiny)
         # More: one number per row, parts of sums, which are much of what so small a shape moves. Truncated sampling
         # reads candidates again, which in so short a row are everywhere: for the cut, for the masses, for the draw.
-        times = 4 if "top_p" in case.op else 1.25
+        # decode_attention reads a token again for each that a row lacks to whole turns: many, where the row is short.
+        times = 4 if "top_p" in case.op else 1.6 if case.op == "decode_attention" else 1.25
         # The threads of a block all read their row's four statistics, which costs a GPU one read; here each counts.
         broadcast = case.tiny[0] * 256 * 16 if case.op == "distribution_kl forward + backward" else 0
         assert 0.98 * wanted <= moved - broadcast <= times * wanted + 4096, (case.label, moved, wanted)

@@ -62,7 +62,7 @@ KERNELS = {
     "adamw_kernel": Expected(vector=1, occupancy=0.375),
     # narrow: the new token into the cache, the queries in, the results out (twice on 10.0 and 12.0), NaN in their
     # place: one row each. A thread keeps 32 sums in registers.
-    "decode_attention_kernel": Expected(vector=2, narrow=5, occupancy=0.1875),
+    "decode_attention_kernel": Expected(vector=2, narrow=5, fills_memory=True, occupancy=0.1875),
     # narrow, here and below: the parts of split rows; and on 8.0 the loop over rows around some row loops, for ptxas
     # makes a loop of its own for rows without columns
     "logprobs_kernel": Expected(vector=1, narrow=1, slots=12, special=1.2, shifted=True, fills_memory=True),

@@ -256,9 +256,9 @@ print(peak() - before - gradients)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_logits_never_exist(dtype: str, backend: str) -> None:
-    # At N = 4096, V = 151936 they would take 1.2 or 2.5 GB, once forward and once backward; at N = 512, all that the
-    # emulator has the time for, 160 or 310 MB.
-    rows = "512" if backend == "emulated" else "4096"
+    # At N = 1024, V = 151936 they would take 310 or 620 MB, once forward and once backward; at N = 256, all that the
+    # emulator has the time for, 78 or 156 MB.
+    rows = "256" if backend == "emulated" else "1024"
     run = subprocess.run(
         [sys.executable, "-c", PEAK_MEMORY, backend, dtype, rows],
         capture_output=True,
