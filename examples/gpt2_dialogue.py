@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", help="folder of a pretrained GPT-2 (default: a small one from scratch)")
     parser.add_argument("--hidden", type=int, default=128, help="width of the small one")
     parser.add_argument("--layers", type=int, default=4, help="layers of the small one")
-    parser.add_argument("--exchanges", type=int, help="of training at most (default: all)")
+    parser.add_argument("--exchanges", type=int, help="of training at most (default: all, 109,000)")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, help="of AdamW (default: 2e-5, from scratch 1e-3)")
@@ -150,7 +150,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             save_strategy="epoch",
             save_total_limit=1,
             load_best_model_at_end=True,
-            disable_tqdm=True,
             report_to="none",
             seed=options.seed,
         ),
