@@ -84,6 +84,7 @@ def tune(
     """
     datasets, trl = need("datasets", "datasets"), need("trl", "trl")
     from peft import get_peft_model
+    from transformers import PrinterCallback
 
     adapter = peft_config(method)
     rows = datasets.Dataset.from_list([{"messages": as_chat(chat)} for chat in train[: steps * batch]])
@@ -110,6 +111,7 @@ def tune(
         }
     )
     trainer = trl.SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # the table is what one wants to see
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     started = time.process_time()
@@ -129,16 +131,19 @@ def tune(
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, chats: Sequence[Sequence[str]], *, max_length: int = 64) -> float:
-    """Of the chats' tokens, the first of each left out."""
+    """Of the chats' tokens, but for what all begin with: a template's system prompt says nothing of a method."""
     model.eval()
     total, count = 0.0, 0
-    for chat in chats:
-        ids = tokenizer.apply_chat_template(as_chat(chat), return_dict=False)[:max_length]
+    rows = [tokenizer.apply_chat_template(as_chat(chat), return_dict=False)[:max_length] for chat in chats]
+    columns = list(zip(*rows, strict=False))
+    first = next((i for i, column in enumerate(columns) if i > 0 and len(set(column)) > 1), 1)
+    for ids in rows:
         input_ids = torch.tensor([ids], device=model.device)
         logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
         own = logits[0, -len(ids) :]  # virtual tokens come before
-        total += nn.functional.cross_entropy(own[:-1].float(), input_ids[0, 1:], reduction="sum").item()
-        count += len(ids) - 1
+        losses = nn.functional.cross_entropy(own[:-1].float(), input_ids[0, 1:], reduction="none")
+        total += losses[first - 1 :].sum().item()
+        count += len(ids) - first
     return math.exp(total / count)
 
 

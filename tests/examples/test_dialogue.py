@@ -305,6 +305,21 @@ def test_four_ways_to_tune(tmp_path: Path) -> None:
         tuning.peft_config("adapter")
 
 
+def test_perplexity_leaves_out_what_every_chat_begins_with() -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.policy()
+    chats = [["how are you", "fine"], ["how do you", "good"]]
+    losses = []
+    for chat in chats:
+        ids = torch.tensor([tokenizer.apply_chat_template(policy.as_chat(chat), return_dict=False)])
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        losses.append(-logprobs.gather(1, ids[0, 1:, None])[:, 0])
+    a, b = (tokenizer.apply_chat_template(policy.as_chat(chat), return_dict=False) for chat in chats)
+    shared = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    assert shared > 1
+    expected = torch.cat([of[shared - 1 :] for of in losses]).mean().exp().item()
+    assert tuning.perplexity(model, tokenizer, chats) == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_was_done_next() -> None:
     chat = ["hi", "how are you?", "fine", "good", "yes", "bye"]
     assert [action for _, action in tuning.actions(chat)] == ["ask", "answer", "end"]
