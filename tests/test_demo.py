@@ -9,12 +9,14 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/ is not part of the installed package
 
-from examples.warm_replies import need, openings, report, warmth
+from examples.warm_replies import need, openings, progress, report, warmth
 from examples.warm_replies.__main__ import parse
 
 BAD = '<script>alert("x")</script> & </td><img src=x onerror=alert(1)>'
@@ -161,13 +163,46 @@ def test_report_shows_the_figures(run, tmp_path):
 
 
 def test_terminal_summary_shows_markup_as_text(run, capsys):
-    from rich.console import Console
 
     run.openings[0] = "[bold red]not markup[/bold red]"
     report.print_summary(run, Console(width=160, force_terminal=False))
     out = capsys.readouterr().out
     assert "[bold red]not markup[/bold red]" in out
     assert "+0.200" in out and "+0.550" in out and "+0.350 ±" in out and "2 of 3" in out
+
+
+# The clock
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"minutes": 1.0}, "another one of 45 s would not end within --minutes 1"),
+        ({"most_kl": 3.0}, "replies are 3.5 nats from the start, --most-kl 3"),
+        ({"minutes": 2.0, "most_kl": 4.0}, ""),
+    ],
+)
+def test_a_run_that_stops_early_says_why(limits, why, monkeypatch, capsys):
+    now = iter([0.0, *[45.0] * 9])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    bar = progress.LiveProgress(Console(width=120, force_terminal=False), 12, **limits)
+    control = SimpleNamespace(should_training_stop=False)
+    bar.on_train_begin(None, None, control)
+    bar.on_log(
+        None, None, control, logs={"objective/scores": 0.5, "objective/kl": 3.5, "tokens_per_second": 40.0}
+    )
+    assert bar.why_stopped == why and control.should_training_stop == bool(why)
+    assert "update 1/12" in capsys.readouterr().out
+
+
+def test_the_last_update_is_no_early_stop():
+    bar = progress.LiveProgress(Console(force_terminal=False), 1, minutes=1e-9, most_kl=1.0)
+    control = SimpleNamespace(should_training_stop=False)
+    bar.on_train_begin(None, None, control)
+    bar.on_log(
+        None, None, control, logs={"objective/scores": 0.5, "objective/kl": 3.5, "tokens_per_second": 40.0}
+    )
+    assert not bar.why_stopped
 
 
 # What a person gets wrong

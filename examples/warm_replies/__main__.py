@@ -23,7 +23,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of prompts order and of every draw (default 0)")
     parser.add_argument("--updates", type=_at_least_one, default=12, help="PPO updates (default 12)")
-    parser.add_argument("--minutes", type=_above_zero, default=6.0, help="stop training by then (default 6)")
+    parser.add_argument(
+        "--minutes", type=_above_zero, default=20.0, help="stop training by then (default 20)"
+    )
     parser.add_argument(
         "--most-kl",
         type=_above_zero,
@@ -104,6 +106,11 @@ def main() -> None:
     clock.stop("training")
     if not bar.records:
         raise SystemExit("training logged no update")
+    if bar.why_stopped:
+        done = len(bar.records)
+        console.print(
+            f"stopped after {done} of {options.updates} updates: {bar.why_stopped}", highlight=False
+        )
 
     with console.status("measuring the trained model"):
         after = measure(trainer.ref_model)

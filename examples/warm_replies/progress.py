@@ -24,6 +24,7 @@ class LiveProgress(TrainerCallback):
         self, console: Console, updates: int, minutes: float | None = None, most_kl: float | None = None
     ) -> None:
         self.records: list[dict[str, float]] = []
+        self.why_stopped = ""
         self.console, self.updates, self.minutes, self.most_kl = console, updates, minutes, most_kl
         self.started = 0.0
         self.bar = Progress(
@@ -54,10 +55,17 @@ class LiveProgress(TrainerCallback):
         self.records.append({**logs, "seconds": self.seconds})
         done = len(self.records)
         per_update = self.seconds / done
-        last = self.minutes is not None and self.seconds + per_update > 60 * self.minutes
-        last |= self.most_kl is not None and logs["objective/kl"] > self.most_kl
-        if last:
-            control.should_training_stop = True
+        last = done == self.updates
+        if not last and self.minutes is not None and self.seconds + per_update > 60 * self.minutes:
+            self.why_stopped = (
+                f"another one of {per_update:.0f} s would not end within --minutes {self.minutes:g}"
+            )
+        if not last and self.most_kl is not None and logs["objective/kl"] > self.most_kl:
+            self.why_stopped = (
+                f"replies are {logs['objective/kl']:.1f} nats from the start, --most-kl {self.most_kl:g}"
+            )
+        if self.why_stopped:
+            last = control.should_training_stop = True
         numbers = f"reward {logs['objective/scores']:+.2f}  KL {logs['objective/kl']:4.1f}"
         numbers += f"  {logs['tokens_per_second']:.0f} tokens/s"
         left = 0.0 if last else per_update * (self.updates - done)
