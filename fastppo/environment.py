@@ -19,6 +19,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .batch import Rollout
 from .prompts import is_chat
-from .score import NoAnswerError, excerpt, within
+from .score import excerpt, in_thread
 
 Message = Mapping[str, Any]
 _Place = tuple[str, str]  # for an error: what of the environment, and where in the run
@@ -389,8 +390,8 @@ def _together(
         one_by_one()  # in this thread, to which the environment's things may belong
     else:
         try:
-            within(timeout, (lambda: asyncio.run(all_of_them())) if is_async else one_by_one)
-        except NoAnswerError:
+            in_thread((lambda: asyncio.run(all_of_them())) if is_async else one_by_one).result(timeout)
+        except futures.TimeoutError:
             missing = [i for i in range(len(calls)) if i not in results]
             name, place = places[missing[0]]
             raise RuntimeError(

@@ -14,6 +14,8 @@ import math
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -332,17 +334,19 @@ class _Called:
         return asyncio.run(_resolve(result)) if inspect.isawaitable(result) else result
 
     def __call__(self, episodes: Episodes) -> Any:
+        answer = in_thread(lambda: self._call(episodes))
         try:
-            return within(self.timeout, lambda: self._call(episodes))
-        except NoAnswerError:
+            error = answer.exception(self.timeout)
+        except futures.TimeoutError:
             raise RuntimeError(
                 f"reward {self.name} gave no answer within reward_timeout = {self.timeout} s for {len(episodes)} "
                 f"episodes; the first prompt: {excerpt(episodes.prompts[0])}"
             ) from None
-        except BaseException as error:
+        if error is not None:
             raise RuntimeError(
                 f"reward {self.name} raised {type(error).__name__}: {error}; {self._blame(episodes)}"
             ) from error
+        return answer.result()
 
     def _blame(self, episodes: Episodes) -> str:
         """Which episode is it? Training is over anyway, so ask one at a time."""
@@ -360,34 +364,20 @@ async def _resolve(awaitable: Any) -> Any:
     return await awaitable
 
 
-class NoAnswerError(Exception):
-    """The user's code did not come back in time."""
-
-
-def within(timeout: float | None, call: Callable[[], Any]) -> Any:
-    """What `call` gives, from a thread of its own: an event loop may already run here (notebooks), and what hangs can
-    be left behind.
-
-    Raises:
-        NoAnswerError: it took more than `timeout` seconds (None: no limit).
-        BaseException: what `call` raised.
+def in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """What `call` will give, from a thread of its own: an event loop may already run here (notebooks), and what hangs
+    can be left behind.
     """
-    outcome: dict[str, Any] = {}
+    future: Future[Any] = Future()
 
     def work() -> None:
         try:
-            outcome["result"] = call()
+            future.set_result(call())
         except BaseException as error:
-            outcome["error"] = error
+            future.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        raise NoAnswerError
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["result"]
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _numbers(name: str, values: Any, episodes: Episodes) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -121,6 +122,19 @@ def test_a_chat_has_one_beginning_where_template_and_tokenizer_both_write_it() -
     ids = tokenizer("how are you")["input_ids"]
     plain = Episodes(["x"], ["y"], [ids[2:]], [ids[:2]])
     assert scores(model, words, processing_classes=tokenizer) == pytest.approx(scores(model, plain))
+
+
+def test_an_interrupted_wait_for_a_reward_is_no_error_of_the_reward() -> None:
+    over = threading.Event()
+
+    def interrupted(completions: list[str], **columns: Any) -> list[float]:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        over.wait(60)
+        return [0.0] * len(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        scores(interrupted)
+    over.set()
 
 
 @pytest.fixture
