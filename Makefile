@@ -63,7 +63,7 @@ help:  ## this list
 
 setup build: $(BUILD_STAMP)  ## create .venv, install what is needed, compile the kernels
 
-demo: $(BUILD_STAMP)  ## PPO on a real model (6 minutes with AVX-512): before/after table, curves, report.html
+demo: $(BUILD_STAMP)  ## PPO on a real model (at most 20 minutes of training): before/after table, curves, report.html
 	@$(BIN)/python -m examples.warm_replies $(ARGS)
 
 # One process per processor, each with one thread: tiny models leave a second thread nothing to do.
