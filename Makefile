@@ -72,7 +72,7 @@ test: $(BUILD_STAMP) $(8BIT_STAMP) $(BROWSER_STAMP)  ## the whole test suite
 
 # `make test` runs the set that the processor picks.
 test-sets: $(BUILD_STAMP)  ## the CPU kernels of the other instruction sets through the op tests
-	@own=$$($(BIN)/python -c "from fastppo import info; print(info.collect()['cpu']['active'])") || exit 1; \
+	@own=$$($(BIN)/python -c "from fastppo import info; print(info.collect()['cpu']['instruction_sets']['active'])") || exit 1; \
 	for set in default avx2; do \
 	  [ $$set != $$own ] || { echo "$$set: run by make test"; continue; }; \
 	  echo "FASTPPO_CPU_CAPABILITY=$$set"; \
