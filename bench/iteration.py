@@ -88,13 +88,15 @@ class Run:
     memory_limit: float | None = None  # GB
     device: str = "cpu"
     episodes: int = EPISODES
+    reuse: bool = False  # PPOConfig.reuse_scoring_forward
 
     @property
     def tokens(self) -> int:
         return RECIPES[self.recipe].tokens
 
     def __str__(self) -> str:
-        return f"{self.recipe}: {self.side} {self.layout} in {self.precision}, micro-batches of {self.micro_batch}"
+        reused = ", scoring reused" if self.reuse else ""
+        return f"{self.recipe}: {self.side} {self.layout} in {self.precision}, micro-batches of {self.micro_batch}{reused}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,6 +137,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=int,
         help="episodes; default: 4 and 16, of which the faster and the smaller count",
+    )
+    parser.add_argument(
+        "--reuse-scoring-forward",
+        nargs="+",
+        choices=("no", "yes"),
+        default=["no"],
+        help="PPOConfig.reuse_scoring_forward, which TRL does not have",
     )
     parser.add_argument("--model", help="another model folder than the recipe's")
     parser.add_argument("--warm-up", type=int, default=1, help="iterations that do not count")
@@ -185,6 +194,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
             options.memory_limit,
             options.device,
             options.episodes,
+            reuse == "yes",
         )
         for recipe in options.recipe
         for side in options.side
@@ -193,6 +203,8 @@ def plan(options: argparse.Namespace) -> list[Run]:
         for precision in options.precision or best_precisions(side, options.device)
         if precision in PRECISIONS[side]
         for micro_batch in options.micro_batch or RECIPES[recipe].micro_batches[side]
+        for reuse in options.reuse_scoring_forward
+        if side == "fastppo" or reuse == "no"
     ]
 
 
@@ -253,7 +265,9 @@ def measure(run: Run) -> dict[str, Any]:
     counted = clock.iterations[run.warm_up :]
     products = iteration_floor.measure(run.model, prompts, [x["lengths"] for x in counted], run.device)
     floors = [
-        iteration_floor.floor(products, prompts, x["lengths"], shared=run.layout == "shared", epochs=EPOCHS)
+        iteration_floor.floor(
+            products, prompts, x["lengths"], shared=run.layout == "shared", epochs=EPOCHS, reused=run.reuse
+        )
         for x in counted
     ]
     return {
@@ -446,7 +460,12 @@ def fastppo_config(run: Run) -> Any:
     from fastppo import PPOConfig
 
     least = 0 if RECIPES[run.recipe].stops else run.tokens
-    return PPOConfig(**settings(run), bf16=run.precision == "bfloat16", min_new_tokens=least)
+    return PPOConfig(
+        **settings(run),
+        bf16=run.precision == "bfloat16",
+        min_new_tokens=least,
+        reuse_scoring_forward=run.reuse,
+    )
 
 
 def step_callback(at_step_end: Callable[[], None]) -> Any:

@@ -7,7 +7,7 @@ Counted are the products with the weights, on tokens without padding, what all p
   update   per epoch, forward and backward (two products for each of the forward) of policy and a critic of its own,
            and of the policy's LM head on the response tokens
 Products of attention are left out (5 % of the trunk's at 280 tokens, for SmolLM2-135M), so the floor is low rather than
-high. It follows the algorithm as written: merging the scoring of policy and critic with the first epoch would go below.
+high. Where the scoring's forward of policy and critic is reused, the first epoch has none.
 
 The products are timed in bfloat16 (float32 where the processor does not multiply it) at the model's own shapes, with as
 many rows as one epoch has (at most 1024), through all layers one after the other, so that weights come from where they
@@ -39,9 +39,18 @@ class Products:
 
 
 def floor(
-    products: Products, prompts: Sequence[list[int]], lengths: Sequence[int], *, shared: bool, epochs: int
+    products: Products,
+    prompts: Sequence[list[int]],
+    lengths: Sequence[int],
+    *,
+    shared: bool,
+    epochs: int,
+    reused: bool = False,
 ) -> dict[str, float]:
-    """Least seconds of each room, and `total`, for responses of `lengths` tokens to `prompts`."""
+    """Least seconds of each room, and `total`, for responses of `lengths` tokens to `prompts`.
+
+    `reused`: the first epoch goes backward through the scoring's forward.
+    """
     import numpy as np
 
     p = products
@@ -49,13 +58,14 @@ def floor(
     responses = sum(lengths)
     tokens = prefill + responses
     steps = [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    networks, forwards = 1 if shared else 2, epochs - reused
     rooms = {
         "rollout": prefill * p.trunk_forward
         + len(prompts) * p.head_forward
         + float(np.interp(steps, list(p.steps), list(p.steps.values())).sum()),
-        "score": (3 if shared else 4) * tokens * p.trunk_forward + 2 * responses * p.head_forward,
-        "update": epochs * (1 if shared else 2) * tokens * (p.trunk_forward + p.trunk_backward)
-        + epochs * responses * (p.head_forward + p.head_backward),
+        "score": (networks + 2) * tokens * p.trunk_forward + 2 * responses * p.head_forward,
+        "update": networks * tokens * (forwards * p.trunk_forward + epochs * p.trunk_backward)
+        + responses * (forwards * p.head_forward + epochs * p.head_backward),
     }
     return {**rooms, "total": sum(rooms.values())}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOMS = ("rollout", "score", "update")
-KEY = ("recipe", "model", "side", "layout", "precision", "micro_batch", "device", "episodes")
+KEY = ("recipe", "model", "side", "layout", "precision", "micro_batch", "device", "episodes", "reuse")
 # Precisions in which a step of the learning rate is not rounded away.
 LEARNS = {"trl": ("float32", "autocast"), "fastppo": ("float32", "bfloat16")}
 Result = dict[str, Any]
@@ -25,7 +25,7 @@ def merge(results: Sequence[Result], new: Result) -> list[Result]:
     """Results with a new one, in place of one of the same run."""
 
     def key(result: Result) -> list[Any]:
-        return [result.get(name) for name in KEY]
+        return [result.get(name) or False for name in KEY]
 
     return [r for r in results if key(r) != key(new)] + [new]
 
@@ -76,7 +76,8 @@ def tokens_per_second(result: Result) -> float:
 
 
 def name(result: Result) -> str:
-    return f"{result['side']} {result['layout']} {result['precision']}, {result['micro_batch']}"
+    reused = ", reused" if result.get("reuse") else ""
+    return f"{result['side']} {result['layout']} {result['precision']}, {result['micro_batch']}{reused}"
 
 
 def lengths(result: Result) -> str:

@@ -108,12 +108,14 @@ class SlotCache(Cache):
         self.slots: Tensor | None = None
         self.lengths: Tensor | None = None
 
-    def reserve(self, capacity: int, limit: int) -> None:
-        """Make room for `capacity` tokens per slot, in steps, never more than `limit`."""
-        if capacity > self.capacity:
-            self.capacity = max(capacity, min(limit, int(_GROWTH * self.capacity)))
-            for layer in self.layers:
-                layer.reserve(self.capacity)
+    def reserve(self, capacity: int, limit: int) -> bool:
+        """Make room for `capacity` tokens per slot, in steps, never more than `limit`. Did it move for that?"""
+        if capacity <= self.capacity:
+            return False
+        self.capacity = max(capacity, min(limit, int(_GROWTH * self.capacity)))
+        for layer in self.layers:
+            layer.reserve(self.capacity)
+        return True
 
     def store(self, prefilled: Cache, slots: Tensor, rows: Tensor) -> None:
         """Copy a prefilled `DynamicCache` into slots: its row `rows[i]` becomes the start of slot `slots[i]`."""

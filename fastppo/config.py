@@ -161,6 +161,9 @@ class PPOConfig(TrainingArguments):
         "Tokens (padding included) per forward and backward. Default: per_device_train_batch_size episodes, or without "
         "padding as many tokens as that many of the longest take.",
     )
+    cuda_graphs: bool = _setting(
+        False, "On CUDA: replay a graph of the rollout's decode step instead of launching every kernel anew."
+    )
     padding_free: bool | None = _setting(
         None,
         "Pack episodes without padding, common beginnings once. Default: where the models' attention allows.",
@@ -227,6 +230,11 @@ class PPOConfig(TrainingArguments):
     old_logprobs: str = _setting(
         "recompute",
         "The ratio's old log-probs: recompute on the path that training takes, or rollout, as they were sampled.",
+    )
+    reuse_scoring_forward: bool = _setting(
+        False,
+        "The first optimizer step goes backward through the scoring's forward of policy and critic: one forward of "
+        "each less per update, and the activations of the whole batch in memory at once.",
     )
     loss_aggregation: str = _setting(
         "token", "What the loss is a mean over: token, sequence (episodes), or constant (response_length)."
@@ -342,6 +350,8 @@ class PPOConfig(TrainingArguments):
             "sync_ref_model",
             "offload_ref_model",
             "offload_reward_model",
+            "reuse_scoring_forward",
+            "cuda_graphs",
         ):
             require(isinstance(getattr(self, name), bool), name, "True or False")
         require(self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"one of {', '.join(KL_ESTIMATORS)}")
@@ -356,6 +366,13 @@ class PPOConfig(TrainingArguments):
         require(self.old_logprobs in OLD_LOGPROBS, "old_logprobs", f"one of {', '.join(OLD_LOGPROBS)}")
         if self.old_logprobs == "rollout":
             self._check_rollout_logprobs()
+        if self.cuda_graphs and self.use_cpu:
+            raise ValueError("PPOConfig: cuda_graphs needs a CUDA device, got use_cpu=True")
+        if self.reuse_scoring_forward and self.num_mini_batches != 1:
+            raise ValueError(
+                "PPOConfig: reuse_scoring_forward needs num_mini_batches=1, got "
+                f"{self.num_mini_batches}: the second step of an epoch finds other weights than those that scored"
+            )
         highest_ratio = 1 + (self.cliprange if self.epsilon_high is None else self.epsilon_high)
         for name, least, why in (
             ("delta", highest_ratio, f"1 + the clip range ({highest_ratio})"),

@@ -33,6 +33,13 @@ class Evaluation(NamedTuple):
     values: Tensor | None
 
 
+class Scored(NamedTuple):
+    """A micro-batch, and what each network says of it, with the graph that its backward needs."""
+
+    batch: MicroBatch
+    by_network: dict[str, Evaluation]
+
+
 @dataclass(frozen=True)
 class LMHead:
     """The last layer of a language model: logits = softcap * tanh(logit_scale * (h Wᵀ + b) / softcap)."""
@@ -205,6 +212,15 @@ class ActorCritic(nn.Module):
     def networks(self) -> tuple[str, ...]:
         """What can be run and trained on its own: ("actor", "critic"), or ("both",) on a shared trunk."""
         return ("both",) if self.value_head_reads_policy else ("actor", "critic")
+
+    def by_network(self, evaluation: Evaluation) -> dict[str, Evaluation]:
+        """An evaluation by all networks as `forward` gives it for each of `networks`."""
+        if self.value_head_reads_policy:
+            return {"both": evaluation}
+        return {
+            "actor": evaluation._replace(values=None),
+            "critic": Evaluation(None, None, evaluation.values),
+        }
 
     @property
     def value_head_reads_policy(self) -> bool:

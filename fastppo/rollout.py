@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from transformers import (
 from . import ops
 from .batch import Rollout, groups_by_length
 from .cache import SlotCache, cache_argument, decoding, why_no_slots, windows
+from .graph import Graph
 from .models import accepts, context_length, text_config
 from .prepack import prepacked
 
@@ -83,6 +85,7 @@ def rollout(
     tokenizer: PreTrainedTokenizerBase | None = None,
     logits_processor: Sequence[LogitsProcessor] = (),
     prepack: bool | None = None,
+    cuda_graphs: bool = False,
 ) -> Rollout:
     """Sample `num_generations` responses to each prompt.
 
@@ -103,13 +106,14 @@ def rollout(
         prepack: on the CPU in bfloat16, decode on copies of the linear layers' weights in oneDNN's own layout, which
             are freed at the end. None: of weights that are trained, whose gradients take as much memory during the
             update, for responses of 16 tokens and more; True: of all; False: none.
+        cuda_graphs: on CUDA, decode by replaying one graph instead of launching every kernel anew.
 
     Returns:
         Rollout of len(prompts) * num_generations episodes.
 
     Raises:
         ValueError: a prompt is empty, or with the longest response exceeds the model's context; no prompts; the
-            policy's logits hold NaN or +inf, or are -inf everywhere.
+            policy's logits hold NaN or +inf, or are -inf everywhere; `cuda_graphs` cannot be had, and why.
     """
     _check_prompts(policy, prompts, sampling)
     device = next(policy.parameters()).device
@@ -119,17 +123,20 @@ def rollout(
             raise ValueError("rollout: stop_strings need a tokenizer")
         stop_strings = StopStringCriteria(tokenizer, list(sampling.stop_strings))
 
+    if cuda_graphs:
+        check_can_be_captured(policy, sampling, logits_processor)
     episodes = len(prompts) * num_generations
+    # One row more than episodes: what empty seats of a captured batch draw.
     response_ids = torch.full(
-        (episodes, sampling.max_new_tokens), pad_token_id, dtype=torch.int64, device=device
+        (episodes + 1, sampling.max_new_tokens), pad_token_id, dtype=torch.int64, device=device
     )
     shape, f32 = response_ids.shape, torch.float32
     draws = _Draws(*(torch.zeros(shape, dtype=f32, device=device) for _ in range(3)))
-    lengths = torch.full((episodes,), sampling.max_new_tokens, dtype=torch.int64, device=device)
-    stopped = torch.zeros(episodes, dtype=torch.bool, device=device)
+    lengths = torch.full((episodes + 1,), sampling.max_new_tokens, dtype=torch.int64, device=device)
+    stopped = torch.zeros(episodes + 1, dtype=torch.bool, device=device)
     if first_draws is None:
         first_draws = [(first_episode + i) * DRAWS_PER_EPISODE for i in range(episodes)]
-    counters = torch.tensor(first_draws, dtype=torch.int64, device=device)
+    counters = torch.tensor([*first_draws, 0], dtype=torch.int64, device=device)
 
     out = (response_ids, draws, lengths, stopped)
     wanted = sampling.max_new_tokens >= _PREPACK_FROM if prepack is None else prepack
@@ -147,6 +154,7 @@ def rollout(
                 pad_token_id=pad_token_id,
                 stop_strings=stop_strings,
                 logits_processor=logits_processor,
+                cuda_graphs=cuda_graphs,
                 out=out,
             ).run()
         else:
@@ -170,6 +178,8 @@ def rollout(
                     out=out,
                 )
 
+    response_ids, lengths, stopped = response_ids[:-1], lengths[:-1], stopped[:-1]
+    draws = _Draws(draws.logprobs[:-1], draws.sampling_logprobs[:-1], draws.entropy[:-1])
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]
     return Rollout(
@@ -189,6 +199,38 @@ class _Draws:
     logprobs: Tensor
     sampling_logprobs: Tensor
     entropy: Tensor
+
+
+@dataclass
+class _Rows:
+    """What the device knows of the rows that decode, in the order of the batch: each (B,), int64 but for `done`.
+
+    Attributes:
+        episodes: whose response this is.
+        slots: where its keys and values are.
+        lengths: tokens in its slot.
+        steps: tokens drawn.
+        ids: the token drawn last, of the prompt at first; not in the slot yet.
+        done: has a stop been drawn?
+        taken: 1; or 0 for an empty seat, which stays as it is.
+    """
+
+    episodes: Tensor
+    slots: Tensor
+    lengths: Tensor
+    steps: Tensor
+    ids: Tensor
+    done: Tensor
+    taken: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(vars(self).values())
+
+    def __getitem__(self, which: Any) -> _Rows:
+        return _Rows(*(x[which] for x in self.tensors()))
+
+    def and_then(self, others: _Rows) -> _Rows:
+        return _Rows(*(torch.cat(pair) for pair in zip(self.tensors(), others.tensors(), strict=True)))
 
 
 class _Slots:
@@ -211,6 +253,7 @@ class _Slots:
         pad_token_id: int,
         stop_strings: StopStringCriteria | None,
         logits_processor: Sequence[LogitsProcessor],
+        cuda_graphs: bool,
         out: tuple[Tensor, _Draws, Tensor, Tensor],
     ) -> None:
         self.policy, self.prompts, self.sampling = policy, prompts, sampling
@@ -241,10 +284,10 @@ class _Slots:
 
         # Of the rows that decode, in the order of the batch. On the host: what it can know without asking the device.
         self.host: list[_Row] = []
-        self.episodes, self.slots, self.lengths, self.steps, self.ids = (
-            torch.zeros(0, dtype=torch.int64, device=self.device) for _ in range(5)
-        )
-        self.done = torch.zeros(0, dtype=torch.bool, device=self.device)
+        self.rows = self._empty(0)
+        # A graph works on the same memory every time: a seat for every slot, the first ones taken.
+        self.seats = self._empty(slots) if cuda_graphs else None
+        self.graph: Graph | None = None
         # What each slot holds, prompt and response: for processors, penalties and stop strings.
         self.keeps_tokens = bool(self.processors) or self.penalty is not None or stop_strings is not None
         self.tokens = torch.zeros(
@@ -263,6 +306,32 @@ class _Slots:
         """Should prompts be let in now?"""
         enough = max(self.generations, _ADMIT_SHARE * self.slot_count)
         return bool(self.waiting) and (len(self.free) >= enough or not self.host)
+
+    def _empty(self, count: int) -> _Rows:
+        """Rows that are none. What they draw goes past the last episode."""
+        zeros = torch.zeros(count, dtype=torch.int64, device=self.device)
+        return _Rows(
+            episodes=torch.full_like(zeros, len(self.response_ids) - 1),
+            slots=zeros,
+            lengths=zeros.clone(),
+            steps=zeros.clone(),
+            ids=zeros.clone(),
+            done=torch.ones_like(zeros, dtype=torch.bool),
+            taken=zeros.clone(),
+        )
+
+    def _seat(self, rows: _Rows) -> None:
+        """Let these rows be the batch."""
+        self.rows = rows
+        if self.seats is None:
+            return
+        count = len(rows.slots)
+        empty = self._empty(self.slot_count - count)
+        # As every row, an empty seat writes the token that it reads: into a slot of its own, at the first place.
+        empty.slots = torch.tensor(self.free, dtype=torch.int64, device=self.device)
+        for seat, x in zip(self.seats.tensors(), rows.and_then(empty).tensors(), strict=True):
+            seat.copy_(x)
+        self.rows = self.seats[:count]
 
     # Letting prompts in
 
@@ -341,70 +410,82 @@ class _Slots:
         self.host += new
         for row, slot in zip(new, slots, strict=True):
             row.slot = slot
-        self.episodes = torch.cat([self.episodes, episodes])
-        self.slots = torch.cat([self.slots, slot_ids])
-        self.lengths = torch.cat([self.lengths, lengths])
-        self.steps = torch.cat([self.steps, torch.zeros_like(lengths)])
-        self.ids = torch.cat([self.ids, last])
-        self.done = torch.cat([self.done, torch.zeros_like(last, dtype=torch.bool)])
+        none = torch.zeros_like(lengths)
+        joining = _Rows(episodes, slot_ids, lengths, none, last, none.bool(), none + 1)
+        self._seat(self.rows.and_then(joining))
 
     # One token for every row
 
     def _step(self) -> None:
-        sampling, rows, steps = self.sampling, self.episodes, self.steps
-        self.cache.reserve(max(row.prompt + row.step for row in self.host), self.limit)
-        self.cache.slots, self.cache.lengths = self.slots, self.lengths
+        if self.cache.reserve(self._longest(), self.limit):
+            self.graph = None  # the cache has moved
+        if self.seats is None:
+            self._advance(self.rows)
+        else:
+            if self.graph is None:
+                self.graph = Graph(partial(self._advance, self.seats), self.seats.tensors())
+            self.graph.replay()
+        for row in self.host:
+            row.step += 1
+
+    def _longest(self) -> int:
+        """Tokens that a row has at most, prompt and response."""
+        return max(row.prompt + row.step for row in self.host)
+
+    def _advance(self, rows: _Rows) -> None:
+        """Draw a token for each row; all on the device, and every tensor that is kept in its place."""
+        self.cache.slots, self.cache.lengths = rows.slots, rows.lengths
         logits = self.policy(
-            input_ids=self.ids[:, None],
-            position_ids=self.lengths[:, None],
+            input_ids=rows.ids[:, None],
+            position_ids=rows.lengths[:, None],
             use_cache=True,
             logits_to_keep=1,
             **{self.cache_argument: self.cache},
         ).logits[:, -1]
-        logits = self._processed(logits)
-        draw = _draw(logits, sampling, self.seed, self.first_draws[rows] + steps)
+        logits = self._processed(logits, rows)
+        draw = _draw(logits, self.sampling, self.seed, self.first_draws[rows.episodes] + rows.steps)
         # On CUDA an id of -1, with a log-prob of NaN, says that a row's logits are no distribution. The host hears of
         # it when it next waits for the device; until then the model needs an id.
-        self.ids = draw.token_ids.clamp_min(0)
-        self.response_ids[rows, steps] = self.ids
-        self.draws.logprobs[rows, steps] = draw.logprobs
-        self.draws.sampling_logprobs[rows, steps] = draw.sampling_logprobs
-        self.draws.entropy[rows, steps] = draw.entropy
-        self.lengths, self.steps = self.lengths + 1, steps + 1
-        for row in self.host:
-            row.step += 1
-        stops = torch.isin(self.ids, self.stop_ids)
+        rows.ids.copy_(draw.token_ids.clamp_min(0))
+        self.response_ids[rows.episodes, rows.steps] = rows.ids
+        self.draws.logprobs[rows.episodes, rows.steps] = draw.logprobs
+        self.draws.sampling_logprobs[rows.episodes, rows.steps] = draw.sampling_logprobs
+        self.draws.entropy[rows.episodes, rows.steps] = draw.entropy
+        rows.lengths += rows.taken
+        rows.steps += rows.taken
+        stops = torch.isin(rows.ids, self.stop_ids)
         if self.keeps_tokens:
-            self.tokens[self.slots, self.lengths] = self.ids
+            self.tokens[rows.slots, rows.lengths] = rows.ids
         if self.stop_strings is not None:
-            hits = self.stop_strings(self._history(), None)
-            stops |= hits & (self.steps >= sampling.min_new_tokens)
-        stops &= ~self.done
-        self.response_lengths[rows] = torch.where(stops, self.steps, self.response_lengths[rows])
-        self.stopped[rows] |= stops
-        self.done |= stops
+            hits = self.stop_strings(self._history(rows, self._longest() + 1), None)
+            stops |= hits & (rows.steps >= self.sampling.min_new_tokens)
+        stops &= ~rows.done
+        self.response_lengths[rows.episodes] = torch.where(
+            stops, rows.steps, self.response_lengths[rows.episodes]
+        )
+        self.stopped[rows.episodes] |= stops
+        rows.done |= stops
 
-    def _processed(self, logits: Tensor) -> Tensor:
+    def _processed(self, logits: Tensor, rows: _Rows) -> Tensor:
         if self.penalty is not None:
             # It counts what a row holds; its own first token stands in for the padding.
-            logits = self.penalty(self._history(first_token=True), logits)
+            logits = self.penalty(self._history(rows, self._longest(), first_token=True), logits)
         if self.processors:
-            logits = self.processors(self._history(), logits)  # type: ignore[arg-type]
+            logits = self.processors(self._history(rows, self._longest()), logits)  # type: ignore[arg-type]
         least = self.sampling.min_new_tokens
-        if len(self.stop_ids) and min(row.step for row in self.host) < least:
-            early = (self.steps < least)[:, None]
+        if len(self.stop_ids) and (self.seats is not None or min(row.step for row in self.host) < least):
+            early = (rows.steps < least)[:, None]
             logits = logits.index_copy(
                 1, self.stop_ids, logits[:, self.stop_ids].masked_fill(early, -torch.inf)
             )
         return logits
 
-    def _history(self, first_token: bool = False) -> Tensor:
-        """(B, longest) ids of prompt and response so far, left-padded as `generate` has them."""
+    def _history(self, rows: _Rows, width: int, first_token: bool = False) -> Tensor:
+        """(B, width) ids of prompt and response so far, left-padded as `generate` has them."""
         # Between the draw and the next step, and before the first, a row holds one token more than its cache.
-        width = max(row.prompt + row.step for row in self.host)
-        held = self.lengths + 1
+        held = rows.lengths + 1
         places = torch.arange(width, device=self.device) - (width - held)[:, None]
-        ids = self.tokens[self.slots].gather(1, places.clamp_min(0))
+        ids = self.tokens[rows.slots].gather(1, places.clamp_min(0))
         return ids if first_token else ids.masked_fill(places < 0, self.pad_token_id)
 
     # Letting rows out
@@ -415,17 +496,14 @@ class _Slots:
         full = any(row.step == limit for row in self.host)
         if not full and self.host[0].step % self.check_every:
             return
-        _check_drawn(self.draws.logprobs, self.episodes, self.first_draws)
-        stopped = self.done.tolist()
+        _check_drawn(self.draws.logprobs, self.rows.episodes, self.first_draws)
+        stopped = self.rows.done.tolist()
         kept = [i for i, row in enumerate(self.host) if not stopped[i] and row.step < limit]
         if len(kept) == len(self.host):
             return
         self.free += [row.slot for i, row in enumerate(self.host) if stopped[i] or row.step == limit]
         self.host = [self.host[i] for i in kept]
-        keep = torch.tensor(kept, dtype=torch.int64, device=self.device)
-        self.episodes, self.slots, self.lengths, self.steps, self.ids, self.done = (
-            x[keep] for x in (self.episodes, self.slots, self.lengths, self.steps, self.ids, self.done)
-        )
+        self._seat(self.rows[torch.tensor(kept, dtype=torch.int64, device=self.device)])
 
 
 @dataclass
@@ -574,6 +652,20 @@ def _check_drawn(logprobs: Tensor, rows: Tensor, first_draws: Tensor) -> None:
             f"sample: the logits of episode {episode} at response position {position} "
             "hold NaN or +inf, or are -inf everywhere"
         )
+
+
+def check_can_be_captured(
+    policy: nn.Module, sampling: Sampling, logits_processor: Sequence[LogitsProcessor]
+) -> None:
+    """Raise a ValueError where a decode step of this policy cannot be a CUDA graph."""
+    if sampling.repetition_penalty != 1 or sampling.stop_strings or logits_processor:
+        raise ValueError(
+            "rollout: cuda_graphs cannot hold a repetition_penalty, stop_strings or logits_processor, which look at "
+            "all tokens so far, more at every step"
+        )
+    reason = why_no_slots(policy)
+    if reason is not None:
+        raise ValueError(f"rollout: cuda_graphs needs a policy that decodes on a cache of slots: {reason}")
 
 
 def _check_prompts(policy: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

@@ -38,7 +38,7 @@ from .objective import Objective
 from .ops import RewardsAndAdvantages
 from .optimizer import WITH_MASTER, AdamW, check_optim
 from .prompts import PromptOrder, Prompts, check_dataset, check_texts, is_chat, read_prompts, read_texts
-from .rollout import DRAWS_PER_EPISODE, Sampling, rollout
+from .rollout import DRAWS_PER_EPISODE, Sampling, check_can_be_captured, rollout
 from .score import ClassifierReward, Episodes, make_rewards, score, token_scores
 from .update import update
 
@@ -196,6 +196,11 @@ class PPOTrainer(Trainer):
             raise ValueError(
                 "offload_ref_model needs a ref_model: a PEFT policy is its own reference and cannot leave the device"
             )
+        if args.reuse_scoring_forward and args.world_size > 1:
+            raise ValueError(
+                f"reuse_scoring_forward needs one process, got {args.world_size}: DDP exchanges gradients of its own "
+                "forward alone"
+            )
         use_cache = getattr(models.text_config(model), "use_cache", True)
         models.check_head(model.eval())
         actor_critic = models.ActorCritic(model, value_model)
@@ -281,6 +286,8 @@ class PPOTrainer(Trainer):
             stop_token_ids=_stop_token_ids(args, self.tokenizer, model),
             stop_strings=tuple(args.stop_strings or ()),
         )
+        if args.cuda_graphs:
+            check_can_be_captured(model, self.sampling, self.logits_processor)
         pad = self.tokenizer.pad_token_id
         # Only a filler: no mask is ever read from it.
         self.pad_token_id = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
@@ -312,11 +319,12 @@ class PPOTrainer(Trainer):
             batch = next(prompts)
             episodes = self._rollout(batch)
             clock.lap("rollout")
-            tokens = self._evaluate_tokens(episodes, args.old_logprobs)
+            scored = self._to_reuse()
+            tokens = self._evaluate_tokens(episodes, args.old_logprobs, scored)
             scores, each = self._score(batch, episodes)
             clock.lap("score")
             result, weights = self._advantages(episodes, tokens, scores)
-            means = self._update(episodes, tokens, result)
+            means = self._update(episodes, tokens, result, scored)
             clock.lap("update")
 
             self.state.global_step += 1
@@ -380,6 +388,7 @@ class PPOTrainer(Trainer):
             "max_rows": self.args.local_rollout_forward_batch_size,
             "tokenizer": self.tokenizer,
             "logits_processor": logits_processor,
+            "cuda_graphs": self.args.cuda_graphs,
         }
         if self.environment_factory is None:
             return rollout(
@@ -416,35 +425,50 @@ class PPOTrainer(Trainer):
         """Number of this rank's first episode in the next update."""
         return self.state.episode + self.args.process_index * self.args.local_batch_size
 
+    def _to_reuse(self) -> list[models.Scored] | None:
+        """An empty list for the scoring to fill, where the update wants its graphs."""
+        warming_up = self.state.global_step < self.args.critic_warmup_updates
+        return [] if self.args.reuse_scoring_forward and not warming_up else None
+
     @torch.no_grad()
-    def _evaluate_tokens(self, episodes: Rollout, old_logprobs: str = "recompute") -> _TokenScores:
+    def _evaluate_tokens(
+        self, episodes: Rollout, old_logprobs: str = "recompute", scored: list[models.Scored] | None = None
+    ) -> _TokenScores:
         """What policy, critic and reference say of the sampled tokens, on the path that training takes.
 
         With `old_logprobs="rollout"` the policy's log-probs are those that the rollout noted. Its own forward is left
-        out then, head or trunk, where nothing else needs it.
+        out then, head or trunk, where nothing else needs it. With a list `scored`, nothing is left out, micro-batches
+        are the update's, and policy and critic run as in training; their graphs are put there.
         """
         temperature, full = self.args.temperature, self.args.kl_estimator == "full"
         recompute, policy = old_logprobs == "recompute", self._policy()
-        needs_states = recompute or full or self.actor_critic.value_head_reads_policy
+        needs_head = recompute or scored is not None
+        needs_states = needs_head or full or self.actor_critic.value_head_reads_policy
         self.actor_critic.eval()
 
-        def logprobs_of(model: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
-            return models.head_logprobs(model, hidden, batch.target_ids, temperature)[0]
-
         def evaluate(batch: MicroBatch) -> tuple[Tensor | None, ...]:
-            logprobs = hidden = kl = None
-            if needs_states:
-                hidden = models.predicting_states(policy, batch)
-                head = models.lm_head(policy)
-                logprobs = logprobs_of(policy, hidden, batch) if recompute else None
-            values = self.actor_critic.values(batch, hidden)
+            logprobs = entropy = hidden = kl = None
+            head = models.lm_head(
+                policy
+            )  # not the reference's, which may be the same module with its adapter off
+            with self._as_in_training() if scored is not None else nullcontext():
+                if needs_states:
+                    hidden = models.predicting_states(policy, batch)
+                    if needs_head:
+                        logprobs, entropy = models.head_logprobs(
+                            policy, hidden, batch.target_ids, temperature
+                        )
+                values = self.actor_critic.values(batch, hidden)
+            if scored is not None:
+                said = models.Evaluation(logprobs, entropy, values)
+                scored.append(models.Scored(batch, self.actor_critic.by_network(said)))
             with self.null_ref_context() as reference:
                 ref_hidden = models.predicting_states(reference, batch)
-                ref_logprobs = logprobs_of(reference, ref_hidden, batch)
+                ref_logprobs = models.head_logprobs(reference, ref_hidden, batch.target_ids, temperature)[0]
                 if full:
                     assert hidden is not None
                     kl = models.full_kl(head, hidden, models.lm_head(reference), ref_hidden, temperature)
-            return logprobs, values, ref_logprobs, kl
+            return logprobs if recompute else None, values, ref_logprobs, kl
 
         reference_at_hand = (
             models.visiting(self._reference(), self.args.device)
@@ -452,22 +476,36 @@ class PPOTrainer(Trainer):
             else nullcontext()
         )
         with reference_at_hand:
-            found = token_scores(evaluate, self._micro_batches(episodes), episodes)
+            found = token_scores(
+                evaluate, self._micro_batches(episodes, training=scored is not None), episodes
+            )
         logprobs, values, ref_logprobs, kl = found
         if logprobs is None:
             logprobs = episodes.logprobs.masked_fill(~episodes.response_mask, 0.0)
         assert values is not None and ref_logprobs is not None
         return _TokenScores(logprobs, values, ref_logprobs, kl)
 
-    def _micro_batches(self, episodes: Rollout) -> Iterator[MicroBatch]:
+    @contextmanager
+    def _as_in_training(self) -> Iterator[None]:
+        """Within the block policy and critic keep what their backward needs."""
+        # transformers recomputes activations only in train mode; dropout is off, so nothing else changes.
+        self.model_wrapped.train(bool(self.args.gradient_checkpointing))
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            self.model_wrapped.eval()
+
+    def _micro_batches(self, episodes: Rollout, *, training: bool = False) -> Iterator[MicroBatch]:
+        """Of all episodes, as large as the update's, or as a forward alone allows."""
+        args = self.args
+        rows = args.per_device_train_batch_size if training else args.local_rollout_forward_batch_size
         return micro_batches(
             episodes,
             range(len(episodes)),
             pad_token_id=self.pad_token_id,
-            max_rows=self.args.local_rollout_forward_batch_size
-            if self.args.micro_batch_tokens is None
-            else None,
-            max_tokens=self.args.micro_batch_tokens,
+            max_rows=rows if args.micro_batch_tokens is None else None,
+            max_tokens=args.micro_batch_tokens,
             padding_free=self.padding_free,
         )
 
@@ -541,12 +579,14 @@ class PPOTrainer(Trainer):
         return replace(self.objective, entropy_coef=self.entropy_coef.value)
 
     def _update(
-        self, episodes: Rollout, tokens: _TokenScores, result: RewardsAndAdvantages
+        self,
+        episodes: Rollout,
+        tokens: _TokenScores,
+        result: RewardsAndAdvantages,
+        scored: list[models.Scored] | None = None,
     ) -> dict[str, float]:
         args = self.args
-        # transformers recomputes activations only in train mode; dropout is off, so nothing else changes.
-        self.model_wrapped.train(bool(args.gradient_checkpointing))
-        try:
+        with self._as_in_training():
             return update(
                 self.model_wrapped,
                 self.optimizer,
@@ -571,9 +611,8 @@ class PPOTrainer(Trainer):
                 critic_only=self.state.global_step < args.critic_warmup_updates,
                 texts=self._texts(),
                 padding_free=self.padding_free,
+                scored=scored,
             )
-        finally:
-            self.model_wrapped.eval()
 
     def _adapt(self, report: dict[str, float]) -> None:
         """After an update, move what follows from its outcome."""

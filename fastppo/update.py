@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .batch import MicroBatch, Rollout, micro_batches, text_batches
-from .models import Evaluation
+from .models import Evaluation, Scored
 from .objective import Objective
 from .ops import PPOStats
 
@@ -44,6 +44,7 @@ def update(
     critic_only: bool = False,
     texts: Iterator[Sequence[Sequence[int]]] | None = None,
     padding_free: bool = False,
+    scored: Sequence[Scored] | None = None,
 ) -> dict[str, float]:
     """Train `model` (an `ActorCritic`, wrapped or not) on a rollout.
 
@@ -74,6 +75,9 @@ def update(
         critic_only: leave the policy as it is. On a shared trunk only the value head learns.
         texts: token ids of the supervised texts of each optimizer step; needed where `objective.ptx_coef` is not 0.
         padding_free: pack micro-batches instead of padding them; every trunk must be able to (`why_not_padding_free`).
+        scored: the whole rollout in micro-batches, run forward by the weights as they are. The first step goes backward
+            through these graphs, which it uses up, instead of running forward itself. Only for `mini_batches` = 1,
+            and not under DDP, whose gradient exchange is armed by its own forward.
 
     Returns:
         Means over the steps taken of `PPOStats`' fields, `first_ratio`, `first_ratio_max` and `first_approx_kl` of the
@@ -104,13 +108,14 @@ def update(
     norms: list[float] = []
     skipped, stopped_early = 0, False
 
-    for rows in _mini_batches(len(rollout), epochs, mini_batches, seed):
+    for number, rows in enumerate(_mini_batches(len(rollout), epochs, mini_batches, seed)):
         mask = rollout.response_mask[rows.to(device)]
         # Tokens that count and episodes with any, on all ranks.
         size = _sum_over_ranks(torch.stack([mask.sum(), mask.any(1).sum()]).float())
         if not size[0]:
             continue
-        pieces = list(micro_batches(rollout, rows.tolist(), **cut))
+        reused = scored if number == 0 else None
+        pieces = [x.batch for x in reused] if reused else list(micro_batches(rollout, rows.tolist(), **cut))
         step_stats = torch.zeros(len(PPOStats._fields), device=device)
         for network in networks:
             if objective.ptx_coef and network != "critic":
@@ -121,7 +126,7 @@ def update(
             for i, piece in enumerate(pieces):
                 unsynced = nullcontext() if i + 1 == len(pieces) else accelerator.no_sync(model)
                 with unsynced, actor_critic.running(network, piece.packing):
-                    new = model(piece, temperature, network)
+                    new = reused[i].by_network.pop(network) if reused else model(piece, temperature, network)
                     loss, part = _loss(new, piece, old, objective, size)
                     # DDP averages over ranks what the normalizer has already divided by all ranks' tokens.
                     accelerator.backward(loss * accelerator.num_processes)

@@ -139,6 +139,12 @@ def test_parses_from_the_command_line() -> None:
             "old_logprobs='rollout' needs min_new_tokens=0, got 2",
         ),
         (
+            {"reuse_scoring_forward": True, "num_mini_batches": 2},
+            "reuse_scoring_forward needs num_mini_batches=1, got 2: the second step of an epoch finds other weights",
+        ),
+        ({"cuda_graphs": True}, "cuda_graphs needs a CUDA device, got use_cpu=True"),
+        ({"reuse_scoring_forward": 1}, "reuse_scoring_forward must be True or False, got 1"),
+        (
             {"old_logprobs": "rollout", "importance_sampling_correction": True},
             "importance_sampling_correction weighs recomputed log-probs against the rollout's",
         ),

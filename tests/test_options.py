@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from test_trainer import TEXTS, last, trainer, vowels
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from fastppo import PPOTrainer, models
+from fastppo import PPOConfig, PPOTrainer, models
 from fastppo.batch import micro_batches
+from fastppo.cache import why_no_slots
 
 SUPERVISED = [{"text": line} for line in tiny.TEXT.splitlines()]
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)
 CHATS = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}]
 
 # Everything that adapts or has a state, at once. kl_coef and the target are such that every controller moves.
@@ -275,6 +278,95 @@ def test_rollout_logprobs_of_processed_logits_are_refused(tmp_path: Path) -> Non
 
     with pytest.raises(ValueError, match="old_logprobs='rollout' needs a rollout without logits_processor"):
         trainer(tmp_path, old_logprobs="rollout", logits_processor=[TemperatureLogitsWarper(2.0)])
+
+
+# --- the scoring's forward as the first step's -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding_free": False},
+        {"gradient_checkpointing": True, "mask_truncated_completions": True, "missing_eos_penalty": 0.5},
+        {"kl_estimator": "full", "loss_aggregation": "sequence", "entropy_coef": 0.1, "beta": 0.1},
+        {"old_logprobs": "rollout", "critic_warmup_updates": 1},
+        {"ptx_coef": 0.1, "ptx_dataset": SUPERVISED, "micro_batch_tokens": 40},
+        {"bf16": True, "target_kl": 1e-4},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+@pytest.mark.parametrize("critic", ["head", "model", "adapters"])
+def test_the_scorings_forward_trains_as_one_of_its_own(
+    tmp_path: Path, critic: str, changes: dict[str, Any]
+) -> None:
+    logs, trained = [], []
+    for reuse in (False, True):
+        torch.manual_seed(0)
+        parts: dict[str, Any] = {
+            "head": {"ref_model": tiny.policy(seed=5)},
+            "model": {"ref_model": tiny.policy(seed=5), "value_model": tiny.classifier(3)},
+            "adapters": {"peft_config": LORA, "value_peft_config": LORA},
+        }[critic]
+        run = trainer(
+            tmp_path / str(reuse), reuse_scoring_forward=reuse, num_ppo_epochs=2, total_episodes=32, **parts, **changes
+        )  # fmt: skip
+        # Some responses end by themselves, so that lengths differ.
+        run.sampling = replace(run.sampling, stop_token_ids=tuple(range(0, tiny.VOCABULARY, 10)))
+        run.train()
+        logs.append(run.state.log_history[:2])
+        trained.append(weights(run))
+    rough = 2e-2 if changes.get("bf16") else 1e-3
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=rough, abs=rough / 10), name
+        assert other["policy/optimizer_steps"] == one["policy/optimizer_steps"]
+    for name, p in trained[0].items():
+        torch.testing.assert_close(
+            trained[1][name], p, atol=2e-3 if rough > 1e-3 else 2e-4, rtol=rough, msg=name
+        )
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_scorings_forward_saves_one_of_policy_and_critic(tmp_path: Path, separate: bool) -> None:
+    run = trainer(
+        tmp_path, reuse_scoring_forward=True, num_ppo_epochs=3, total_episodes=16, ref_model=tiny.policy(seed=5),
+        value_model=tiny.classifier(3) if separate else None,
+    )  # fmt: skip
+    assert why_no_slots(run._policy()) is None  # it tries the policy once
+    calls: list[int] = []
+    for number, trunk in enumerate(run.actor_critic.trunks):
+        trunk.register_forward_pre_hook(
+            lambda *x, n=number: calls.append(n) if not x[2]["use_cache"] else None, with_kwargs=True
+        )
+    update, seen = run._update, []
+
+    def watched(episodes: Any, tokens: Any, result: Any, scored: Any) -> Any:
+        assert sum(len(x.batch.tokens) for x in scored) == int(episodes.response_mask.sum())
+        seen.append([len(x.by_network) for x in scored])
+        report = update(episodes, tokens, result, scored)
+        assert not any(x.by_network for x in scored)  # the graphs are gone
+        assert not run.actor_critic.training
+        return report
+
+    run._update = watched  # type: ignore[method-assign]
+    run.train()
+    assert seen == [[1 + separate] * 2]  # two micro-batches of eight episodes
+    assert [calls.count(n) for n in range(1 + separate)] == [3 * 2] * (1 + separate)
+
+
+def test_the_first_ratio_of_a_reused_forward_is_1(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, reuse_scoring_forward=True, num_ppo_epochs=1, total_episodes=16, padding_free=False
+    )
+    run.train()
+    assert last(run)["val/ratio"] == 1.0 and last(run)["policy/approxkl_avg"] == 0.0
+
+
+def test_reuse_under_ddp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="reuse_scoring_forward needs one process, got 2"):
+        trainer(tmp_path, reuse_scoring_forward=True)
 
 
 # --- scores --------------------------------------------------------------------------------------------------------

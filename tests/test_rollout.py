@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import backends
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
 from fastppo import cache, prepack
+from fastppo import rollout as rollout_module
 from fastppo.batch import micro_batches
 from fastppo.models import token_logprobs
 from fastppo.rollout import Sampling, rollout
@@ -136,6 +139,139 @@ def test_a_slot_grows_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = in_padded_groups(monkeypatch, policy, sampling)
     monkeypatch.setattr("fastppo.rollout._FIRST_CAPACITY", 2)
     assert generate(policy, sampling, max_rows=2).completions() == expected.completions()
+
+
+class Again:
+    """Where there is no GPU, in place of a graph: the step is taken when it is replayed. As a graph, it is tried first
+    and must leave no trace.
+    """
+
+    made: ClassVar[list[Again]] = []
+
+    def __init__(self, step: Callable[[], None], state: Sequence[torch.Tensor]) -> None:
+        before = [x.clone() for x in state]
+        step()
+        for x, was in zip(state, before, strict=True):
+            x.copy_(was)
+        self.step, self.places = step, [x.data_ptr() for x in state]
+        self.state = state
+        self.made.append(self)
+
+    def replay(self) -> None:
+        self.step()
+        assert [x.data_ptr() for x in self.state] == self.places
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, *args: Any, **settings: Any) -> Any:
+    """A rollout whose steps are as a graph takes them, and how many graphs it took; on a GPU a real one."""
+    with monkeypatch.context() as patch:
+        if next(args[0].parameters()).device.type != "cpu":
+            return generate(*args, cuda_graphs=True, **settings), 0
+        patch.setattr(rollout_module, "Graph", Again)
+        patch.setattr(Again, "made", [])
+        got = generate(*args, cuda_graphs=True, **settings)
+        assert Again.made
+        return got, len(Again.made)
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+@pytest.mark.parametrize("check_every", [1, 5])
+@pytest.mark.parametrize("prompts", [PROMPTS, WITH_A_PREFIX, [[3]] * 4], ids=["mixed", "prefix", "alike"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_step_on_fixed_seats_is_the_same_step(
+    architecture: str, prompts: Any, check_every: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny.policy(architecture).to(device)
+    sampling = Sampling(
+        max_new_tokens=20, temperature=1.3, top_p=0.9, min_new_tokens=2, stop_token_ids=tuple(range(40))
+    )
+    expected = generate(policy, sampling, prompts, num_generations=2)
+    assert len({len(c) for c in expected.completions()}) > 2, "rows must leave at different times"
+    # On a GPU the host looks for finished rows now and then.
+    run = rollout_module._Slots.run
+    monkeypatch.setattr(
+        rollout_module._Slots, "run", lambda slots: (setattr(slots, "check_every", check_every), run(slots))
+    )
+    for max_rows in (2, 6, 64):
+        got, _ = captured(monkeypatch, policy, sampling, prompts, num_generations=2, max_rows=max_rows)
+        assert got.completions() == expected.completions()
+        assert torch.equal(got.truncated, expected.truncated)
+        torch.testing.assert_close(got.logprobs, expected.logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(got.sampling_logprobs, expected.sampling_logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(got.entropy, expected.entropy, atol=2e-5, rtol=0)
+
+
+def test_a_graph_is_made_again_when_the_cache_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_module, "_FIRST_CAPACITY", 4)
+    policy, sampling = tiny.policy(), Sampling(max_new_tokens=40)
+    got, graphs = captured(monkeypatch, policy, sampling)
+    assert got.completions() == generate(policy, sampling).completions()
+    assert 2 < graphs < 10
+
+
+class Watch(TorchDispatchMode):
+    """Fails where a step could not be captured: it waits for a value, or brings one from the host."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().split("::")[-1].split(".")[0]
+        assert name not in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "lift_fresh"), (
+            name
+        )
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert not any(x is not None and x.dtype is torch.bool for x in args[1]), (
+                "a mask has to be counted"
+            )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_step_neither_waits_for_the_device_nor_copies_from_the_host(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, steps = rollout_module._Slots._advance, []
+
+    def watched(slots: Any, rows: Any) -> None:
+        steps.append(len(rows.slots))
+        with Watch():
+            plain(slots, rows)
+
+    monkeypatch.setattr(rollout_module._Slots, "_advance", watched)
+    # The library looks at arguments on the CPU that it takes as they are on CUDA: not the step's doing.
+    sampling = Sampling(
+        max_new_tokens=6, top_p=0.9, top_k=50, min_p=0.01, min_new_tokens=2, stop_token_ids=(1, 2)
+    )
+    captured(monkeypatch, tiny.policy(architecture), sampling)
+    assert steps and set(steps) == {len(PROMPTS)}
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Watch():
+        torch.ones(1).item()
+    with pytest.raises(AssertionError, match="lift_fresh"), Watch():
+        torch.tensor(1.0)
+    with pytest.raises(AssertionError, match="counted"), Watch():
+        torch.ones(1)[torch.ones(1, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repetition_penalty": 1.2}, "cuda_graphs cannot hold a repetition_penalty, stop_strings or"),
+        ({"stop_strings": (".",)}, "cuda_graphs cannot hold a repetition_penalty, stop_strings or"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(
+            tiny.policy(),
+            Sampling(max_new_tokens=4, **settings),
+            tokenizer=tiny.tokenizer(),
+            cuda_graphs=True,
+        )
+
+
+def test_a_policy_without_slots_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny.policy()
+    monkeypatch.setitem(cache._reasons, policy, "a test asks for it")
+    with pytest.raises(ValueError, match="decodes on a cache of slots: a test asks for it"):
+        generate(policy, GREEDY, cuda_graphs=True)
 
 
 def test_the_policy_has_its_own_attention_back_after_an_error() -> None:
