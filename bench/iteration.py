@@ -95,8 +95,8 @@ class Run:
         return RECIPES[self.recipe].tokens
 
     def __str__(self) -> str:
-        reused = ", scoring reused" if self.reuse else ""
-        return f"{self.recipe}: {self.side} {self.layout} in {self.precision}, micro-batches of {self.micro_batch}{reused}"
+        shape = f"{self.layout} in {self.precision}, micro-batches of {self.micro_batch}"
+        return f"{self.recipe}: {self.side} {shape}{', scoring reused' if self.reuse else ''}"
 
 
 def main(arguments: list[str] | None = None) -> None:
