@@ -136,7 +136,9 @@ def perplexity(model: Any, tokenizer: Any, chats: Sequence[Sequence[str]], *, ma
     total, count = 0.0, 0
     rows = [tokenizer.apply_chat_template(as_chat(chat), return_dict=False)[:max_length] for chat in chats]
     columns = list(zip(*rows, strict=False))
-    first = next((i for i, column in enumerate(columns) if i > 0 and len(set(column)) > 1), 1)
+    goes_on = any(len(row) > len(columns) for row in rows)  # where they differ in nothing but their ends
+    alike = len(columns) if goes_on else 1
+    first = next((i for i, column in enumerate(columns) if i > 0 and len(set(column)) > 1), alike)
     for ids in rows:
         input_ids = torch.tensor([ids], device=model.device)
         logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits

@@ -305,16 +305,18 @@ def test_four_ways_to_tune(tmp_path: Path) -> None:
         tuning.peft_config("adapter")
 
 
-def test_perplexity_leaves_out_what_every_chat_begins_with() -> None:
+@pytest.mark.parametrize(
+    "chats", [[["how are you", "fine"], ["how do you", "good"]], [["hi"], ["hi", "fine"]]]
+)
+def test_perplexity_leaves_out_what_every_chat_begins_with(chats: list[list[str]]) -> None:
     tokenizer, model = tiny.tokenizer(), tiny.policy()
-    chats = [["how are you", "fine"], ["how do you", "good"]]
     losses = []
     for chat in chats:
         ids = torch.tensor([tokenizer.apply_chat_template(policy.as_chat(chat), return_dict=False)])
         logprobs = model(ids).logits[0, :-1].log_softmax(-1)
         losses.append(-logprobs.gather(1, ids[0, 1:, None])[:, 0])
     a, b = (tokenizer.apply_chat_template(policy.as_chat(chat), return_dict=False) for chat in chats)
-    shared = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     assert shared > 1
     expected = torch.cat([of[shared - 1 :] for of in losses]).mean().exp().item()
     assert tuning.perplexity(model, tokenizer, chats) == pytest.approx(expected, rel=1e-5)
