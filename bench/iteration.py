@@ -89,6 +89,7 @@ class Run:
     device: str = "cpu"
     episodes: int = EPISODES
     reuse: bool = False  # PPOConfig.reuse_scoring_forward
+    cuda_graphs: bool = False
 
     @property
     def tokens(self) -> int:
@@ -96,7 +97,8 @@ class Run:
 
     def __str__(self) -> str:
         shape = f"{self.layout} in {self.precision}, micro-batches of {self.micro_batch}"
-        return f"{self.recipe}: {self.side} {shape}{', scoring reused' if self.reuse else ''}"
+        extras = ", scoring reused" * self.reuse + ", CUDA graphs" * self.cuda_graphs
+        return f"{self.recipe}: {self.side} {shape}{extras}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -160,6 +162,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="instead: time and memory of our iteration along these axes, and fitted exponents",
     )
     parser.add_argument("--run", help=argparse.SUPPRESS)  # a Run as JSON, to be measured in this process
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="on --device cuda: PPOConfig.cuda_graphs, which TRL does not have",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--episodes", type=int, default=EPISODES, help="in an iteration, each on its own prompt"
@@ -167,6 +174,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.scaling and options.device != "cpu":
         parser.error("--scaling measures resident memory, so only --device cpu")
+    if options.cuda_graphs and options.device != "cuda":
+        parser.error("--cuda-graphs needs --device cuda")
     if options.episodes < 1:
         parser.error(f"--episodes must be at least 1, got {options.episodes}")
     if options.warm_up < 0 or options.iterations < 1:
@@ -195,6 +204,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
             options.device,
             options.episodes,
             reuse == "yes",
+            side == "fastppo" and options.cuda_graphs,
         )
         for recipe in options.recipe
         for side in options.side
@@ -465,6 +475,7 @@ def fastppo_config(run: Run) -> Any:
         bf16=run.precision == "bfloat16",
         min_new_tokens=least,
         reuse_scoring_forward=run.reuse,
+        cuda_graphs=run.cuda_graphs,
     )
 
 

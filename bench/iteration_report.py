@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 ROOMS = ("rollout", "score", "update")
-KEY = ("recipe", "model", "side", "layout", "precision", "micro_batch", "device", "episodes", "reuse")
+KEY = (
+    "recipe",
+    "model",
+    "side",
+    "layout",
+    "precision",
+    "micro_batch",
+    "device",
+    "episodes",
+    "reuse",
+    "cuda_graphs",
+)
 # Precisions in which a step of the learning rate is not rounded away.
 LEARNS = {"trl": ("float32", "autocast"), "fastppo": ("float32", "bfloat16")}
 Result = dict[str, Any]
@@ -76,8 +87,8 @@ def tokens_per_second(result: Result) -> float:
 
 
 def name(result: Result) -> str:
-    reused = ", reused" if result.get("reuse") else ""
-    return f"{result['side']} {result['layout']} {result['precision']}, {result['micro_batch']}{reused}"
+    extras = ", reused" * result.get("reuse", False) + ", graphs" * result.get("cuda_graphs", False)
+    return f"{result['side']} {result['layout']} {result['precision']}, {result['micro_batch']}{extras}"
 
 
 def lengths(result: Result) -> str:

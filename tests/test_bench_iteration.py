@@ -72,12 +72,33 @@ def test_what_a_side_does_not_have_is_left_out():
     ]
 
 
+def test_only_fastppo_reuses_its_scoring():
+    runs = iteration.plan(
+        iteration.parse(
+            [
+                "--model",
+                "x",
+                "--micro-batch",
+                "4",
+                "--precision",
+                "float32",
+                "--reuse-scoring-forward",
+                "no",
+                "yes",
+            ]
+        )
+    )
+    assert [(r.side, r.reuse) for r in runs] == [("trl", False), ("fastppo", False), ("fastppo", True)]
+    assert str(runs[2]).endswith("micro-batches of 4, scoring reused")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--micro-batch", "3"], "--micro-batch must divide 16 (--episodes), got 3"),
         (["--iterations", "0"], "--iterations at least 1"),
         (["--side", "trl", "--layout", "shared"], "no side has such a layout and precision"),
+        (["--cuda-graphs"], "--cuda-graphs needs --device cuda"),
         (["--recipe", "tall"], "invalid choice: 'tall'"),
     ],
 )
@@ -128,6 +149,8 @@ def test_the_floor_by_hand():
     }
     shared = iteration_floor.floor(products, prompts, lengths, shared=True, epochs=3)
     assert (shared["score"], shared["update"]) == (3 * 10 + 2 * 5 * 10, 3 * (10 * 3 + 5 * 30))
+    reused = iteration_floor.floor(products, prompts, lengths, shared=False, epochs=3, reused=True)
+    assert reused == {**separate, "update": separate["update"] - 2 * 10 - 5 * 10, "total": reused["total"]}
     alone = iteration_floor.floor(products, [[7]], [1], shared=True, epochs=3)
     assert alone["rollout"] == 1 + 10  # no step: the prefill gives the first token
 
