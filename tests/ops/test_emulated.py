@@ -140,6 +140,9 @@ CALLS |= {
 }
 
 
+# A minute a run: what is new in it, beside the launches of the other calls, is a sum over two blocks of rows.
+LONG = {"linear_logprobs, several blocks of rows"}
+
 ROW_THREADS = 256  # csrc/cuda/softmax.cuh
 
 
@@ -151,14 +154,12 @@ def flat(results):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_order_of_threads_gives_the_same_bits(name):
+    orders = [("forward", 1, 4), ("shuffled", 2, 2), ("reverse", 1, 4), ("shuffled", 1, 4)]
+    if name in LONG:
+        orders = orders[:2]
     with backends.emulated() as machine:
         runs = []
-        for order, seed, blocks in [
-            ("forward", 1, 4),
-            ("reverse", 1, 4),
-            ("shuffled", 1, 4),
-            ("shuffled", 2, 2),
-        ]:
+        for order, seed, blocks in orders:
             machine.set(order, seed, blocks)
             runs.append(flat(CALLS[name]()))
     for run in runs[1:]:
