@@ -1,7 +1,7 @@
 """A step on the device as one CUDA graph: what it launches is recorded once, and then launched at once.
 
-A decode step of a small model is some hundred kernels of a few microseconds each, and the host takes longer to launch
-them than the device to run them.
+A decode step of a small model is some hundred short kernels, which the host may take longer to launch than the device
+to run.
 """
 
 from __future__ import annotations

@@ -473,7 +473,10 @@ class _Slots:
         if self.processors:
             logits = self.processors(self._history(rows, self._longest()), logits)  # type: ignore[arg-type]
         least = self.sampling.min_new_tokens
-        if len(self.stop_ids) and (self.seats is not None or min(row.step for row in self.host) < least):
+        if not least or not len(self.stop_ids):
+            return logits
+        # A graph is the same in every step; else the copy is left out once no row is that short.
+        if self.seats is not None or min(row.step for row in self.host) < least:
             early = (rows.steps < least)[:, None]
             logits = logits.index_copy(
                 1, self.stop_ids, logits[:, self.stop_ids].masked_fill(early, -torch.inf)

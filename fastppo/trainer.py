@@ -445,12 +445,12 @@ class PPOTrainer(Trainer):
         needs_head = recompute or scored is not None
         needs_states = needs_head or full or self.actor_critic.value_head_reads_policy
         self.actor_critic.eval()
+        head = models.lm_head(
+            policy
+        )  # before the reference, which may be the same module, takes its adapter off
 
         def evaluate(batch: MicroBatch) -> tuple[Tensor | None, ...]:
             logprobs = entropy = hidden = kl = None
-            head = models.lm_head(
-                policy
-            )  # not the reference's, which may be the same module with its adapter off
             with self._as_in_training() if scored is not None else nullcontext():
                 if needs_states:
                     hidden = models.predicting_states(policy, batch)

@@ -27,6 +27,14 @@ def generate(policy: Any, sampling: Sampling, prompts: Any = PROMPTS, **settings
     return rollout(policy, prompts, sampling, **{"pad_token_id": 0, "seed": 3, **settings})
 
 
+def assert_same_responses(got: Any, expected: Any) -> None:
+    assert got.completions() == expected.completions()
+    assert torch.equal(got.truncated, expected.truncated)
+    torch.testing.assert_close(got.logprobs, expected.logprobs, atol=2e-5, rtol=0)
+    torch.testing.assert_close(got.sampling_logprobs, expected.sampling_logprobs, atol=2e-5, rtol=0)
+    torch.testing.assert_close(got.entropy, expected.entropy, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_greedy_rollout_of_a_padded_batch_is_hugging_face_generate_row_by_row(architecture: str) -> None:
     policy = tiny.policy(architecture)
@@ -89,11 +97,7 @@ def test_slots_and_padded_groups_give_the_same_responses(
     assert len(lengths) > 2, "rows must leave at different times"
     for max_rows in (1, 2, 6, 64):
         got = generate(policy, sampling, prompts, num_generations=2, max_rows=max_rows)
-        assert got.completions() == expected.completions()
-        assert torch.equal(got.truncated, expected.truncated)
-        torch.testing.assert_close(got.logprobs, expected.logprobs, atol=2e-5, rtol=0)
-        torch.testing.assert_close(got.sampling_logprobs, expected.sampling_logprobs, atol=2e-5, rtol=0)
-        torch.testing.assert_close(got.entropy, expected.entropy, atol=2e-5, rtol=0)
+        assert_same_responses(got, expected)
 
 
 def test_slots_and_padded_groups_agree_under_every_control(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,11 +198,7 @@ def test_a_step_on_fixed_seats_is_the_same_step(
     )
     for max_rows in (2, 6, 64):
         got, _ = captured(monkeypatch, policy, sampling, prompts, num_generations=2, max_rows=max_rows)
-        assert got.completions() == expected.completions()
-        assert torch.equal(got.truncated, expected.truncated)
-        torch.testing.assert_close(got.logprobs, expected.logprobs, atol=2e-5, rtol=0)
-        torch.testing.assert_close(got.sampling_logprobs, expected.sampling_logprobs, atol=2e-5, rtol=0)
-        torch.testing.assert_close(got.entropy, expected.entropy, atol=2e-5, rtol=0)
+        assert_same_responses(got, expected)
 
 
 def test_a_graph_is_made_again_when_the_cache_moves(monkeypatch: pytest.MonkeyPatch) -> None:
